@@ -1,0 +1,52 @@
+"""
+KL divergences of the sparse families, to and from the stock ones and each other, as registered with torch.
+
+.. math:: \\mathrm{KL}(p \\| q) = \\sum_{k: p_k > 0} p_k (\\log p_k - \\log q_k),
+
+which is inf where some :math:`p_k > 0 = q_k`. Gradients are finite wherever the value is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, OneHotCategorical
+from torch.distributions.kl import register_kl
+
+from pyro_sparse._numerics import safe_log
+from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
+from pyro_sparse.distributions.sparse_categorical import SparseCategorical
+
+
+def _log_probs(d: Categorical | OneHotCategorical | SparseCategorical | SparseOneHotCategorical) -> Tensor:
+    if isinstance(d, SparseCategorical | SparseOneHotCategorical):
+        return d.logits
+    # A stock distribution made from probs turns an exact zero into a finite logit; one made from logits may have a
+    # probability that merely underflows. Only the first is a zero.
+    zero = (d.probs == 0) & (d.logits.exp() > 0)
+    return torch.where(zero, -math.inf, d.logits)
+
+
+@register_kl(SparseCategorical, SparseCategorical)
+@register_kl(SparseCategorical, Categorical)
+@register_kl(Categorical, SparseCategorical)
+@register_kl(SparseOneHotCategorical, SparseOneHotCategorical)
+@register_kl(SparseOneHotCategorical, OneHotCategorical)
+@register_kl(OneHotCategorical, SparseOneHotCategorical)
+def _kl_finite(
+    p: Categorical | OneHotCategorical | SparseCategorical | SparseOneHotCategorical,
+    q: Categorical | OneHotCategorical | SparseCategorical | SparseOneHotCategorical,
+) -> Tensor:
+    if p.probs.shape[-1] != q.probs.shape[-1]:
+        raise ValueError(
+            f"kl_divergence({p}, {q}): expected as many outcomes in both, got {p.probs.shape[-1]} and "
+            f"{q.probs.shape[-1]}. Compare distributions over the same outcomes."
+        )
+    p_probs, log_q = torch.broadcast_tensors(p.probs, _log_probs(q))
+    off = p_probs == 0
+    missing = ~off & (log_q == -math.inf)
+    # What is inf is set apart before the product: 0 * inf would be NaN in value, and in the gradient of finite rows.
+    kl = (p_probs * (safe_log(p_probs, at_zero=0.0) - log_q.masked_fill(off | missing, 0.0))).sum(-1)
+    return kl.masked_fill(missing.any(-1), math.inf)

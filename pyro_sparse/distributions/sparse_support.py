@@ -1,0 +1,96 @@
+"""What it means to have a sparse support, and the masked form that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from torch import Tensor
+
+
+class SparseDistribution(TorchDistribution):
+    r"""
+    A discrete distribution that knows which of its outcomes carry probability.
+
+    A family implements :meth:`sparse_support` and :attr:`support_size` beside the methods of any Pyro distribution.
+    :meth:`~pyro.distributions.TorchDistribution.enumerate_support` stays dense, so that the same site under stock
+    ``TraceEnum_ELBO`` is the exact dense reference.
+    """
+
+    has_enumerate_support = True
+    has_sparse_support = True
+
+    @property
+    def num_outcomes(self) -> int:
+        """K, the number of outcomes of :meth:`enumerate_support`."""
+        raise NotImplementedError
+
+    @property
+    def support_size(self) -> Tensor:
+        """The number of outcomes with positive probability; integer, shape ``batch_shape``."""
+        raise NotImplementedError
+
+    def support_values(self, union_dims: Sequence[int] = ()) -> Tensor:
+        r"""
+        The outcomes with positive probability, padded with *distinct* outcomes of probability zero.
+
+        Args:
+            union_dims: batch dims (negative) along which all rows share one list of outcomes, the union of theirs.
+                With all batch dims the values are those that any row of the batch uses.
+
+        Returns:
+            Shape ``(S,) + batch_shape + event_shape``, S the length of the longest list; size one along the batch
+            dims where values do not vary. Reads S from the device: one host synchronisation, which no layout of
+            variable size can avoid.
+        """
+        raise NotImplementedError
+
+    def sparse_support(self, expand: bool = True) -> tuple[Tensor, Tensor]:
+        r"""
+        The support and its log-probabilities: :meth:`support_values`, and what :meth:`log_prob` says of them.
+
+        Args:
+            expand: False leaves at size one the batch dims along which values do not vary.
+
+        Returns:
+            ``values`` of shape ``(S,) + batch_shape + event_shape`` and ``log_probs`` of shape ``(S,) + batch_shape``,
+            -inf where a value is padding.
+        """
+        values = self.support_values()
+        log_probs = self.log_prob(values)
+        return (values.expand(values.shape[:1] + self.batch_shape + self.event_shape) if expand else values), log_probs
+
+    def to_dense(self) -> TorchDistribution:
+        """The stock distribution with the same probabilities."""
+        raise NotImplementedError
+
+    def mask(self, mask: bool | Tensor) -> MaskedSparseDistribution:
+        """The distribution whose log_prob is zero where ``mask`` is False; it keeps its sparse support."""
+        return MaskedSparseDistribution(self, mask)
+
+
+class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
+    """:class:`~pyro.distributions.MaskedDistribution` that forwards the sparse support of its base."""
+
+    has_enumerate_support = True
+    expand = MaskedDistribution.expand
+    base_dist: SparseDistribution
+
+    @property
+    def num_outcomes(self) -> int:
+        return self.base_dist.num_outcomes
+
+    @property
+    def support_size(self) -> Tensor:
+        return self.base_dist.support_size
+
+    def support_values(self, union_dims: Sequence[int] = ()) -> Tensor:
+        """The values of the base: masking changes log_prob, not which outcomes exist."""
+        return self.base_dist.support_values(union_dims)
+
+    def sparse_support(self, expand: bool = True) -> tuple[Tensor, Tensor]:
+        """The sparse support of the base, with its unmasked log-probabilities."""
+        return self.base_dist.sparse_support(expand)
+
+    def to_dense(self) -> TorchDistribution:
+        return self.base_dist.to_dense().mask(self._mask)
