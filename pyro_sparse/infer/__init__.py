@@ -1,0 +1,12 @@
+"""ELBOs for Pyro models and guides: the only room that knows about traces."""
+
+from __future__ import annotations
+
+from pyro_sparse.infer.sparse_enum import SparseEnumELBO
+from pyro_sparse.infer.stats import SupportStats
+
+__all__ = [
+    # exact, over the non-zero support
+    "SparseEnumELBO",
+    "SupportStats",
+]

@@ -1,0 +1,64 @@
+"""
+How the sparse support of a site is laid out for the model: the one place that decides which values it runs on.
+
+A layout is a function of a site's name, its distribution and the batch dims along which all rows must share one list
+of outcomes; it returns values of shape ``(S,) + batch_shape + event_shape`` (size one where they do not vary), which
+Pyro's parallel enumeration then broadcasts. Every row's support must be among its values, each outcome at most once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from pyro_sparse.distributions import SparseDistribution
+
+Layout = Callable[[str, SparseDistribution, tuple[int, ...]], Tensor]
+
+
+def padded(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
+    """Each row its own support, filled up to the longest: S·B rows."""
+    return fn.support_values(shared_dims)
+
+
+def union(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
+    """One list for all rows, the union of their supports: a decoder of the outcome alone runs on U rows."""
+    return fn.support_values(tuple(range(-len(fn.batch_shape), 0)))
+
+
+def dense(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
+    """All K outcomes, as under ``TraceEnum_ELBO``."""
+    return fn.enumerate_support(expand=False)
+
+
+def cheapest(ratios: Mapping[str, float]) -> Layout:
+    r"""
+    The layout with the least work, given what a slot costs.
+
+    A decoder's work is :math:`\alpha` for what it computes from the outcome alone and :math:`\beta` for what it
+    computes from outcome and row. One outcome shared by B rows costs :math:`\alpha + \beta B`, one slot with a value
+    per row :math:`(\alpha + \beta) B`; their ratio r, between 1 and B, decides: S slots of the padded layout cost as
+    much as S·r shared outcomes, to be compared with the union's U and with all K.
+
+    Args:
+        ratios: r for each site (:func:`~pyro_sparse.infer.work.slot_ratios`); sites not in it are padded.
+    """
+
+    def layout(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
+        ratio, outcomes = ratios.get(name), fn.num_outcomes
+        if ratio is None:
+            return padded(name, fn, shared_dims)
+        if outcomes <= ratio:  # even one slot per row costs as much as all outcomes
+            return dense(name, fn, shared_dims)
+        values = padded(name, fn, shared_dims)
+        shared = union(name, fn, shared_dims) if ratio > 1.0 else values
+        if min(ratio * len(values), len(shared)) > WORTHWHILE * outcomes:
+            return dense(name, fn, shared_dims)
+        return values if ratio * len(values) <= len(shared) else shared
+
+    return layout
+
+
+# A sparse layout must save this share of the dense work to pay for finding and gathering the support.
+WORTHWHILE = 0.8

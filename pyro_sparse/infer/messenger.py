@@ -1,0 +1,107 @@
+"""The messenger that makes Pyro's parallel enumeration run over a sparse support."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from pyro.distributions.torch import Independent
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+
+from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.infer.layouts import Layout, dense
+
+
+@dataclass(frozen=True)
+class SparseSite:
+    """What one enumerated site had: the support size of each row, the number of outcomes, of slots."""
+
+    support_size: Tensor
+    num_outcomes: int
+
+
+class SparseEnumMessenger(EnumMessenger):
+    """
+    :class:`~pyro.poutine.enum_messenger.EnumMessenger` that enumerates what ``layout`` says at sites whose
+    distribution has a sparse support, and is the stock messenger at all others.
+
+    Args:
+        layout: see :mod:`pyro_sparse.infer.layouts`.
+        max_plate_nesting: dims to the left of it belong to enumerated sites.
+        guide_sites: None in a guide, where every sparse site is enumerated; in a model, the names of the guide's
+            sites: the others are enumerated where ``infer`` asks for it.
+        max_support: the largest support of one row that is accepted.
+        first_available_dim: as in the stock messenger.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        max_plate_nesting: int,
+        *,
+        guide_sites: Collection[str] | None = None,
+        max_support: int | None = None,
+        first_available_dim: int | None = None,
+    ) -> None:
+        super().__init__(first_available_dim)
+        self.layout = layout
+        self.max_plate_nesting = max_plate_nesting
+        self.guide_sites = guide_sites
+        self.max_support = max_support
+        self.visited: set[str] = set()
+        self.sites: dict[str, SparseSite] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and not msg["is_observed"] and self._enumerates(msg):
+            values = self._lay_out(msg)
+            msg["infer"] = {"enumerate": "parallel", **msg["infer"]}
+            msg["fn"] = _with_support(msg["fn"], values)
+        self.visited.add(msg["name"])
+        super()._pyro_sample(msg)
+
+    def _enumerates(self, msg: Any) -> bool:
+        fn, infer, name = msg["fn"], msg["infer"], msg["name"]
+        if self.guide_sites is not None and (name in self.guide_sites or infer.get("enumerate") != "parallel"):
+            return False
+        if isinstance(fn, Independent) and isinstance(fn.base_dist, SparseDistribution):
+            raise ValueError(
+                f"SparseEnumELBO, site '{name}': expected one outcome per plate element, got .to_event() over "
+                f"{fn.reinterpreted_batch_ndims} batch dim(s) of {fn.base_dist}. Use a pyro.plate for those dims."
+            )
+        # With num_samples the user asks for local Monte Carlo sampling, which the stock messenger does.
+        return isinstance(fn, SparseDistribution) and infer.get("num_samples") is None
+
+    def _lay_out(self, msg: Any) -> Tensor:
+        fn, name = msg["fn"], msg["name"]
+        asked = msg["infer"].get("enumerate_support", "sparse")
+        if asked not in ("sparse", "dense"):
+            raise ValueError(
+                f"SparseEnumELBO, site '{name}': expected infer['enumerate_support'] 'sparse' or 'dense', "
+                f"got {asked!r}. Leave it out for the sparse support."
+            )
+        sizes = fn.support_size
+        if self.max_support is not None and asked == "sparse" and int(sizes.max()) > self.max_support:
+            raise ValueError(
+                f"SparseEnumELBO, site '{name}': expected supports of at most max_support={self.max_support} outcomes, "
+                f"got {int(sizes.max())}. Raise max_support, or use a sparser projection or larger scores."
+            )
+        self.sites[name] = SparseSite(sizes, fn.num_outcomes)
+        # In pyro.markov enumeration dims are recycled: values must not carry those of the site's parents.
+        upstream = range(-len(fn.batch_shape), -self.max_plate_nesting)
+        shared = tuple(upstream) if "_markov_scope" in msg["infer"] else ()
+        return (dense if asked == "dense" else self.layout)(name, fn, shared)
+
+
+def _with_support(fn: SparseDistribution, values: Tensor) -> SparseDistribution:
+    """A view of ``fn`` whose ``enumerate_support`` gives ``values``: what Pyro's enumeration reads."""
+    view = fn.expand(fn.batch_shape)
+    enumerate_support = functools.partial(_enumerate_values, values, fn.batch_shape + fn.event_shape)
+    view.__dict__["enumerate_support"] = enumerate_support
+    return view
+
+
+def _enumerate_values(values: Tensor, shape: tuple[int, ...], expand: bool = True) -> Tensor:
+    return values.expand(values.shape[:1] + shape) if expand else values

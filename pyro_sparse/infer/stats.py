@@ -1,0 +1,85 @@
+"""What a step of :class:`SparseEnumELBO` ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sparse.infer.messenger import SparseSite
+
+
+@dataclass(frozen=True)
+class SupportStats:
+    """
+    The supports and rows of one step.
+
+    Attributes:
+        mean: the mean support size over the rows of all sparse sites.
+        max: the largest.
+        model_rows: (example, outcome) rows on which the model ran, padding included: the largest number of
+            log-probabilities at one model site, summed over particles that are not vectorised.
+        dense_rows: what enumerating all K outcomes would have cost; where two sites meet in a third and one of them
+            has a support of one outcome everywhere, a lower bound.
+        sites: for each sparse site its mean and largest support size.
+    """
+
+    mean: float
+    max: int
+    model_rows: int
+    dense_rows: int
+    sites: Mapping[str, tuple[float, int]]
+
+
+@dataclass
+class StepRecord:
+    """What :meth:`summary` needs of a step, kept as tensors: reading them waits until the user asks."""
+
+    sites: list[Mapping[str, SparseSite]] = field(default_factory=list)
+    model_rows: int = 0
+    dense_rows: int = 0
+
+    def add(self, sites: Mapping[str, SparseSite], model_trace: Any, guide_trace: Any) -> None:
+        """Adds one particle's traces."""
+        dims = {**_enumerate_dims(guide_trace, sites), **_enumerate_dims(model_trace, sites)}
+        rows, dense_rows = 0, 0
+        for name, site in model_trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            sizes = {-1 - i: size for i, size in enumerate(reversed(site["log_prob"].shape))}
+            rows = max(rows, prod(sizes.values()))
+            for other, dim in dims.items():
+                if sizes.get(dim, 1) > 1 or other == name:
+                    sizes[dim] = sites[other].num_outcomes
+            dense_rows = max(dense_rows, prod(sizes.values()))
+        self.sites.append(sites)
+        self.model_rows += rows
+        self.dense_rows += dense_rows
+
+    def summary(self) -> SupportStats:
+        """The statistics; synchronises with the device."""
+        pooled: dict[str, list[Tensor]] = {}
+        for sites in self.sites:
+            for name, site in sites.items():
+                pooled.setdefault(name, []).append(site.support_size.flatten())
+        sizes = {name: torch.cat(parts) for name, parts in pooled.items()}
+        everything = torch.cat([*sizes.values()]) if sizes else torch.zeros(1)
+        return SupportStats(
+            *_mean_and_max(everything),
+            model_rows=self.model_rows,
+            dense_rows=self.dense_rows,
+            sites={name: _mean_and_max(size) for name, size in sizes.items()},
+        )
+
+
+def _mean_and_max(sizes: Tensor) -> tuple[float, int]:
+    return sizes.double().mean().item(), int(sizes.max())
+
+
+def _enumerate_dims(trace: Any, sites: Mapping[str, SparseSite]) -> dict[str, int]:
+    nodes = {name: trace.nodes[name] for name in sites if name in trace.nodes}
+    return {name: n["infer"]["_enumerate_dim"] for name, n in nodes.items() if "_enumerate_dim" in n["infer"]}
