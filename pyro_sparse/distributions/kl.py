@@ -17,11 +17,14 @@ from torch.distributions.kl import register_kl
 
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
+from pyro_sparse.distributions.projected import ProjectedDistribution
 from pyro_sparse.distributions.sparse_categorical import SparseCategorical
 
+Finite = Categorical | OneHotCategorical | ProjectedDistribution
 
-def _log_probs(d: Categorical | OneHotCategorical | SparseCategorical | SparseOneHotCategorical) -> Tensor:
-    if isinstance(d, SparseCategorical | SparseOneHotCategorical):
+
+def _log_probs(d: Finite) -> Tensor:
+    if isinstance(d, ProjectedDistribution):
         return d.logits
     # A stock distribution made from probs turns an exact zero into a finite logit; one made from logits may have a
     # probability that merely underflows. Only the first is a zero.
@@ -35,10 +38,7 @@ def _log_probs(d: Categorical | OneHotCategorical | SparseCategorical | SparseOn
 @register_kl(SparseOneHotCategorical, SparseOneHotCategorical)
 @register_kl(SparseOneHotCategorical, OneHotCategorical)
 @register_kl(OneHotCategorical, SparseOneHotCategorical)
-def _kl_finite(
-    p: Categorical | OneHotCategorical | SparseCategorical | SparseOneHotCategorical,
-    q: Categorical | OneHotCategorical | SparseCategorical | SparseOneHotCategorical,
-) -> Tensor:
+def _kl_finite(p: Finite, q: Finite) -> Tensor:
     if p.probs.shape[-1] != q.probs.shape[-1]:
         raise ValueError(
             f"kl_divergence({p}, {q}): expected as many outcomes in both, got {p.probs.shape[-1]} and "

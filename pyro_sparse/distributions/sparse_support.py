@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 
@@ -77,6 +78,14 @@ class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
     base_dist: SparseDistribution
 
     @property
+    def mode(self) -> Tensor:
+        return self.base_dist.mode
+
+    def entropy(self) -> Tensor:
+        """The entropy of the base, zero where the mask is False."""
+        return scale_and_mask(self.base_dist.entropy(), mask=self._mask)
+
+    @property
     def num_outcomes(self) -> int:
         return self.base_dist.num_outcomes
 
@@ -94,3 +103,6 @@ class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
 
     def to_dense(self) -> TorchDistribution:
         return self.base_dist.to_dense().mask(self._mask)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base_dist})"

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from pyro.distributions.torch import Independent
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
@@ -66,13 +65,18 @@ class SparseEnumMessenger(EnumMessenger):
         fn, infer, name = msg["fn"], msg["infer"], msg["name"]
         if self.guide_sites is not None and (name in self.guide_sites or infer.get("enumerate") != "parallel"):
             return False
-        if isinstance(fn, Independent) and isinstance(fn.base_dist, SparseDistribution):
+        base = fn
+        while not isinstance(base, SparseDistribution) and hasattr(base, "base_dist"):
+            base = base.base_dist
+        if not isinstance(base, SparseDistribution):
+            return False
+        if base is not fn:
             raise ValueError(
-                f"SparseEnumELBO, site '{name}': expected one outcome per plate element, got .to_event() over "
-                f"{fn.reinterpreted_batch_ndims} batch dim(s) of {fn.base_dist}. Use a pyro.plate for those dims."
+                f"SparseEnumELBO, site '{name}': expected one outcome per plate element, got {base} under .to_event() "
+                f"or another wrapper ({type(fn).__name__}). Use a pyro.plate for its batch dims."
             )
         # With num_samples the user asks for local Monte Carlo sampling, which the stock messenger does.
-        return isinstance(fn, SparseDistribution) and infer.get("num_samples") is None
+        return infer.get("num_samples") is None
 
     def _lay_out(self, msg: Any) -> Tensor:
         fn, name = msg["fn"], msg["name"]

@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.enum import get_importance_trace, iter_discrete_escape, iter_discrete_extend
-from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_model_factors
+from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _find_ordinal
 from pyro.infer.util import Dice, is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.util import check_traceenum_requirements
@@ -194,7 +194,11 @@ def _refuse_zero_prior(sites: Iterable[str], model_trace: poutine.Trace, guide_t
     for name in suspects:
         with torch.no_grad():
             # The expectation of this site's term alone, by the weights that Pyro gives to the whole ELBO.
-            ordering = _compute_model_factors(model_trace, guide_trace)[2]
+            ordering = {
+                name: _find_ordinal(trace, trace.nodes[name])
+                for trace in (model_trace, guide_trace)
+                for name in [*trace.stochastic_nodes, *trace.observation_nodes]
+            }
             cost = {ordering[name]: [model_trace.nodes[name]["packed"]["log_prob"]]}
             if Dice(guide_trace, ordering).compute_expectation(cost) == -math.inf:
                 raise ValueError(

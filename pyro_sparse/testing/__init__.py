@@ -1,0 +1,9 @@
+"""Public conformance checks: prove your own projection, distribution or ELBO by one call."""
+
+from __future__ import annotations
+
+from pyro_sparse.testing.distributions import check_distribution
+from pyro_sparse.testing.elbo import check_elbo
+from pyro_sparse.testing.projections import check_projection
+
+__all__ = ["check_distribution", "check_elbo", "check_projection"]
