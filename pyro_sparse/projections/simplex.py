@@ -15,7 +15,8 @@ Each projection takes three steps:
 3. solve for :math:`\tau` again *given* :math:`S`, with ordinary differentiable operations.
 
 Autograd sees steps 1 and 3 only. While :math:`S` stays the same they are the whole function, so derivatives of every
-order are right, also under ``torch.func`` and ``torch.compile``, and no backward pass is written by hand.
+order (of :func:`entmax`, up to the third) are right, also under ``torch.func`` and ``torch.compile``, and no backward
+pass is written by hand.
 At a tie, :math:`(\alpha - 1)\, x_i = \tau`, there is no derivative; these functions return a one-sided one.
 
 References:
@@ -211,6 +212,7 @@ def topk_sparsemax(
 
 def _sparsemax(x: Tensor) -> Tensor:
     # Algorithm 1: the support holds the j largest scores for the last j with 1 + j x_(j) > x_(1) + ... + x_(j).
+    # There is no such j in a NaN row; 1 will do.
     fixed = x.detach()
     ordered = fixed.sort(-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
@@ -288,8 +290,8 @@ def _on_candidates(project: Callable[[Tensor], Tensor], x: Tensor, reach: float 
 
 
 def _zeros_or_nan(x: Tensor) -> Tensor:
-    peak = x.detach().amax(-1, keepdim=True)
-    return (peak - peak).expand_as(x)
+    # The maximum of shifted scores is zero, or NaN in an invalid row.
+    return x.detach().amax(-1, keepdim=True).expand_as(x)
 
 
 def _can_branch_on(x: Tensor) -> bool:
@@ -327,19 +329,23 @@ def _checked_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> Tensor:
     # Checked, and laid out as x is: outcomes last, with size 1.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float, Tensor)):
         raise TypeError(f"entmax: expected alpha to be a number or a tensor, got {type(alpha).__name__}.")
-    alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
-    shape = (1,) * (x.ndim - alpha.ndim) + alpha.shape
+    value = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+    shape = (1,) * (x.ndim - value.ndim) + value.shape
     wanted = x[..., :1].movedim(-1, dim).shape
     if len(shape) > x.ndim or any(size not in (1, full) for size, full in zip(shape, wanted, strict=True)):
         raise ValueError(
             f"entmax: expected alpha to broadcast to {tuple(wanted)}, the shape of scores with size 1 at dim {dim}, "
-            f"got {tuple(alpha.shape)}. For one alpha per row, use alpha.unsqueeze({dim})."
+            f"got {tuple(value.shape)}. For one alpha per row, use alpha.unsqueeze({dim})."
         )
-    if _is_tracing():
-        alpha = torch.where(alpha > 1, alpha, math.nan)
-    elif not bool((alpha > 1).all()):
+    if not isinstance(alpha, Tensor):
+        valid = alpha > 1 + torch.finfo(x.dtype).eps / 2  # otherwise it is 1 in this dtype
+    elif _is_tracing():
+        valid, value = True, torch.where(value > 1, value, math.nan)
+    else:
+        valid = bool((value > 1).all())
+    if not valid:
         raise ValueError(
-            f"entmax: expected alpha > 1, got {float(alpha.detach().min())}. "
+            f"entmax: expected alpha > 1, got {float(value.detach().min())}. "
             "At alpha = 1 it is torch.softmax; to learn alpha, use 1 + torch.sigmoid(a)."
         )
-    return alpha.reshape(shape).movedim(dim, -1)
+    return value.reshape(shape).movedim(dim, -1)

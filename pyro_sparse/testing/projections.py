@@ -14,7 +14,7 @@ MARGIN = 1e-3  # a row is near a kink where moving one score by this much change
 Projection = Callable[..., Tensor]
 
 
-def check_projection(f: Projection, *, sizes: Sequence[int] = (1, 2, 5, 40)) -> None:
+def check_projection(f: Projection, *, sizes: Sequence[int] = (1, 2, 5, 20)) -> None:
     r"""Checks a projection of scores onto the probability simplex, ``f(scores, dim=-1)``.
 
     For scores :math:`x \in \mathbb{R}^K`, seeded normal draws of several scales, :math:`p = f(x)` must be
@@ -23,8 +23,8 @@ def check_projection(f: Projection, *, sizes: Sequence[int] = (1, 2, 5, 40)) -> 
     - a distribution: :math:`p_i \ge 0`, and :math:`|\sum_i p_i - 1| \le 8 K \epsilon`;
     - shift invariant, :math:`f(x + c) = f(x)`, and permutation equivariant, :math:`f(\pi x) = \pi f(x)`;
     - a function of its own row alone, along the dimension ``dim``;
-    - exactly zero where :math:`x_i = -\infty`, with a zero gradient there, and elsewhere what it is without the masked
-      outcomes;
+    - exactly zero where :math:`x_i = -\infty`, with a zero gradient there, and elsewhere what it is for a score of
+      :math:`-10^4` in that place;
     - NaN somewhere in a row that holds NaN or :math:`+\infty` or only :math:`-\infty`, and unchanged in all other rows;
     - differentiable by autograd: the Jacobian agrees with finite differences, zero probabilities included, and
       :math:`\sum_i \partial p_i / \partial x_j = \sum_j \partial p_i / \partial x_j = 0`.
@@ -67,7 +67,7 @@ def check_projection(f: Projection, *, sizes: Sequence[int] = (1, 2, 5, 40)) -> 
 
 
 def _check_simplex(f: Projection, scores: Tensor) -> None:
-    p = f(scores)
+    p = f(scores).detach()
     if p.shape != scores.shape or p.dtype != scores.dtype:
         _fail(
             f"the shape and dtype of the scores, {tuple(scores.shape)} {scores.dtype}",
@@ -93,17 +93,14 @@ def _check_symmetries(f: Projection, scores: Tensor, permutation: Tensor) -> Non
 
 
 def _check_mask(f: Projection, scores: Tensor, masked: Tensor) -> None:
-    masked = masked.clone()
-    masked[:, 0] = False  # an outcome must remain
+    masked = masked & (scores < scores.amax(-1, keepdim=True))  # an outcome must remain
     x = scores.masked_fill(masked, -torch.inf).requires_grad_()
     p_with_graph = f(x)
     p = p_with_graph.detach()
     if bool((p[masked] != 0).any()):
         _fail("probability 0 where the score is -inf", scores, f"{float(p[masked].abs().max()):.3g}")
-    for row in range(0, len(scores), 4):
-        kept = ~masked[row]
-        _check_equal(p[row, kept], f(scores[row, kept]), "outcomes with score -inf to change nothing else", scores)
-    (gradient,) = torch.autograd.grad(p_with_graph.square().sum(), x)
+    _check_equal(p, f(scores.masked_fill(masked, -1e4)), "a score of -inf to act as one of -10000", scores)
+    (gradient,) = torch.autograd.grad((p_with_graph * torch.arange(1, scores.shape[-1] + 1)).sum(), x)
     if not bool(gradient.isfinite().all()):
         _fail("finite gradients beside a score of -inf", scores, "NaN or inf")
     if bool((gradient[masked] != 0).any()):
@@ -111,7 +108,7 @@ def _check_mask(f: Projection, scores: Tensor, masked: Tensor) -> None:
 
 
 def _check_jacobian(f: Projection, scores: Tensor) -> None:
-    smooth = scores[_away_from_kinks(f, scores)][:3]
+    smooth = scores[_away_from_kinks(f, scores)][:2]
     if len(smooth) == 0:
         _fail(f"a row whose support stays the same when one score moves by {MARGIN}", scores, "none")
     try:
@@ -148,7 +145,7 @@ def _check_invalid_rows(f: Projection, scores: Tensor) -> None:
 def _check_equal(p: Tensor, wanted: Tensor, what: str, scores: Tensor) -> None:
     if p.shape != wanted.shape:
         _fail(what, scores, f"shape {tuple(p.shape)}, not {tuple(wanted.shape)}")
-    error = float((p - wanted).abs().max())
+    error = float((p - wanted).detach().abs().max())
     if not error <= TOLERANCE:
         _fail(what, scores, f"a difference of {error:.3g}")
 
