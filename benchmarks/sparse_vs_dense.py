@@ -5,9 +5,11 @@ What does it cost to be exact? The same guide under stock ``TraceEnum_ELBO`` (al
     python benchmarks/sparse_vs_dense.py              # every table but the dense run at K=4096: 5 minutes
     python benchmarks/sparse_vs_dense.py --largest    # that one too: a process of its own, a minute, up to 18 GB
 
-float32, one thread, ``loss_and_grads``, B=256 examples of 64 pixels, sparsemax of Gaussian scores scaled to a mean
-support of 3.5. Decoder: Linear(32, H)-ReLU-Linear(H, 64) of a 16-dimensional embedding of the code and, where it sees
-it, a 16-dimensional style per example. A ratio is the median over interleaved runs, with its quartiles.
+float32, one thread, loss and all gradients, B=256 examples, sparsemax. Supports have 1 to 6 outcomes, equally often:
+3.5 on average (with --gaussian the scores are Gaussian instead, scaled to the same average; the largest of the 256
+supports is then 8 or 9, and padding goes up to that). Decoder: Linear(32, H)-ReLU-Linear(H, D) of a 16-dimensional
+embedding of the code and, where it sees it, a 16-dimensional style per example; D is the number of pixels.
+A ratio is the median over interleaved runs, with its quartiles.
 """
 
 from __future__ import annotations
@@ -31,18 +33,27 @@ from pyro_sparse.diagnostics import peak_memory
 from pyro_sparse.infer import SparseEnumELBO
 from pyro_sparse.projections import sparsemax
 
-BATCH, PIXELS, EMBED = 256, 64, 16
+BATCH, EMBED = 256, 16
+SCORES = "even"  # or "gaussian"
 FREE_GB_FOR_LARGEST = 24
 
 
-def scores_with_support(batch: int, outcomes: int, mean_support: float) -> Tensor:
-    """Gaussian scores, scaled by bisection so that sparsemax keeps ``mean_support`` outcomes a row on average."""
-    noise = torch.randn(batch, outcomes)
+def even_scores(outcomes: int) -> Tensor:
+    """Scores whose sparsemax keeps 1, 2, ... 6 (or K) outcomes, equally often, at random places."""
+    sizes = torch.arange(BATCH) % min(6, outcomes) + 1
+    order = torch.rand(BATCH, outcomes).argsort(-1)
+    kept = torch.zeros(BATCH, outcomes, dtype=torch.bool).scatter(-1, order, torch.arange(outcomes) < sizes[:, None])
+    return torch.where(kept, 0.1 * torch.rand(BATCH, outcomes), -2.0 + 0.1 * torch.randn(BATCH, outcomes))
+
+
+def gaussian_scores(outcomes: int) -> Tensor:
+    """Gaussian scores, scaled by bisection so that sparsemax keeps 3.5 (or .7 K) outcomes on average."""
+    noise = torch.randn(BATCH, outcomes)
     low, high = 1e-2, 1e2
     for _ in range(40):
         scale = (low * high) ** 0.5
         size = (sparsemax(scale * noise) > 0).sum(-1).float().mean().item()
-        low, high = (scale, high) if size > mean_support else (low, scale)
+        low, high = (scale, high) if size > min(3.5, 0.7 * outcomes) else (low, scale)
     return scale * noise
 
 
@@ -52,16 +63,17 @@ class Problem:
 
     outcomes: int
     hidden: int
+    pixels: int
     sees_style: bool
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.images = (torch.rand(BATCH, PIXELS) < 0.3).float()
-        self.scores = scores_with_support(BATCH, self.outcomes, min(3.5, 0.7 * self.outcomes)).requires_grad_()
+        self.images = (torch.rand(BATCH, self.pixels) < 0.3).float()
+        self.scores = {"even": even_scores, "gaussian": gaussian_scores}[SCORES](self.outcomes).requires_grad_()
         self.loc = torch.randn(BATCH, EMBED).requires_grad_()
         self.embed = nn.Embedding(self.outcomes, EMBED)
         width = 2 * EMBED if self.sees_style else EMBED
-        self.net = nn.Sequential(nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, PIXELS))
+        self.net = nn.Sequential(nn.Linear(width, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.pixels))
         self.parameters = [self.scores, *self.embed.parameters(), *self.net.parameters()]
         if self.sees_style:
             self.parameters.append(self.loc)
@@ -167,25 +179,23 @@ def peak_mb(run: Callable[[], float]) -> float:
 def describe(problem: Problem) -> str:
     sizes = (sparsemax(problem.scores) > 0).sum(-1)
     sees = "code, style" if problem.sees_style else "code"
-    return f"{sees:<11}  {problem.hidden:>4}  {problem.outcomes:>5}  {sizes.float().mean():4.1f}/{int(sizes.max()):<2}"
+    support = f"{sizes.float().mean():4.1f}/{int(sizes.max()):<2}"
+    return f"{sees:<11}  {problem.hidden:>4}  {problem.pixels:>4}  {problem.outcomes:>5}  {support}"
 
 
-HEAD = "decoder sees H        K  support"
+HEAD = "decoder sees H     D        K  support"
+
+
+HEAD_DENSE = f"{HEAD}   dense ms    ours ms   time ratio (quartiles)      dense MB   ours MB  memory ratio"
 
 
 def table_dense(repeats: int) -> None:
     print(f"\nDense TraceEnum_ELBO over SparseEnumELBO('padded'), B={BATCH}")
-    print(f"{HEAD}   dense ms    ours ms   time ratio (quartiles)      dense MB   ours MB  memory ratio")
-    for sees_style, hidden, outcomes in [
-        (True, 512, 64),
-        (True, 512, 1024),
-        (False, 512, 16),
-        (False, 512, 64),
-        (False, 512, 1024),
-    ]:
-        problem = Problem(outcomes, hidden, sees_style)
+    print(HEAD_DENSE)
+    for sees_style, outcomes in [(True, 64), (True, 1024), (False, 16), (False, 64), (False, 1024)]:
+        problem = Problem(outcomes, 512, 784, sees_style)
         runs = {"dense": problem.dense(), "ours": problem.sparse("padded")}
-        times = interleaved(runs, repeats if outcomes < 1024 else max(3, repeats // 10))
+        times = interleaved(runs, max(5, repeats // 2) if outcomes < 1024 else 5)
         memory = {name: peak_mb(run) for name, run in runs.items()}
         print_dense_row(problem, times, memory)
 
@@ -201,10 +211,10 @@ def print_dense_row(problem: Problem, times: dict[str, list[float]], memory: dic
 
 def table_auto(repeats: int) -> None:
     print("\nSparseEnumELBO('auto') over stock TraceEnum_ELBO with the same guide: 1.10 is the most allowed")
-    print(f"{HEAD}  dense ms   auto ms   time ratio (quartiles)   layout")
+    print(f"{HEAD}  dense ms   auto ms   time ratio (quartiles)")
     for sees_style in (True, False):
         for outcomes in (2, 4, 8, 16, 64, 256):
-            problem = Problem(outcomes, 512, sees_style)
+            problem = Problem(outcomes, 512, 64, sees_style)
             runs = {"dense": problem.dense(), "auto": problem.sparse("auto")}
             times = interleaved(runs, repeats)
             ms = {name: 1e3 * statistics.median(t) for name, t in times.items()}
@@ -219,7 +229,7 @@ def table_by_hand(repeats: int) -> None:
     print(f"{HEAD}   ours ms   padded by hand   ratio (quartiles)    packed by hand   ratio (quartiles)")
     for sees_style in (True, False):
         for hidden in (512, 128):
-            problem = Problem(1024, hidden, sees_style)
+            problem = Problem(1024, hidden, 64, sees_style)
             runs = {
                 "ours": problem.sparse("padded"),
                 "padded": problem.by_hand(packed=False),
@@ -243,7 +253,7 @@ def free_gb() -> float:
 
 def largest() -> None:
     """K=4096: the dense run once, timed in this process."""
-    problem = Problem(4096, 512, True)
+    problem = Problem(4096, 512, 784, True)
     ours = problem.sparse("padded")
     times = {"ours": interleaved({"ours": ours}, 5)["ours"]}
     dense, memory = problem.dense(), {"ours": peak_mb(ours)}
@@ -257,11 +267,16 @@ def largest() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=51, help="interleaved runs of each (dense at K=1024: a tenth)")
+    parser.add_argument(
+        "--repeats", type=int, default=51, help="interleaved runs (first table: half as many, 5 at K=1024)"
+    )
+    parser.add_argument("--gaussian", action="store_true", help="Gaussian scores: supports of very different sizes")
     parser.add_argument("--tables", nargs="*", default=["dense", "auto", "by_hand"], help="which tables to print")
     parser.add_argument("--largest", action="store_true", help="also dense at K=4096, in a process of its own")
     parser.add_argument("--largest-alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    global SCORES
+    SCORES = "gaussian" if args.gaussian else "even"
     torch.set_num_threads(1)
     if args.largest_alone:
         largest()
@@ -270,11 +285,12 @@ def main() -> None:
     for name in args.tables:
         {"dense": table_dense, "auto": table_auto, "by_hand": table_by_hand}[name](args.repeats)
     if args.largest:
-        print("\nK=4096 (the dense run once, so its ratio has no spread)")
+        print(f"\nK=4096 (the dense run once, so its ratio has no spread of its own)\n{HEAD_DENSE}", flush=True)
         if free_gb() < FREE_GB_FOR_LARGEST:
             print(f"not run: {free_gb():.0f} GB free, it takes {FREE_GB_FOR_LARGEST}")
         else:
-            subprocess.run([sys.executable, __file__, "--largest-alone"], check=True)
+            options = ["--gaussian"] if args.gaussian else []
+            subprocess.run([sys.executable, __file__, "--largest-alone", *options], check=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from pyro_sparse.distributions import SparseDistribution
 
 Layout = Callable[[str, SparseDistribution, tuple[int, ...]], Tensor]
 
+WORTHWHILE = 0.8  # a layout must leave at most this share of the work, to pay for finding and gathering the support
+
 
 def padded(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
     """Each row its own support, filled up to the longest: S·B rows."""
@@ -52,13 +54,11 @@ def cheapest(ratios: Mapping[str, float]) -> Layout:
         if outcomes <= ratio:  # even one slot per row costs as much as all outcomes
             return dense(name, fn, shared_dims)
         values = padded(name, fn, shared_dims)
-        shared = union(name, fn, shared_dims) if ratio > 1.0 else values
-        if min(ratio * len(values), len(shared)) > WORTHWHILE * outcomes:
-            return dense(name, fn, shared_dims)
-        return values if ratio * len(values) <= len(shared) else shared
+        work = ratio * len(values)
+        if ratio * WORTHWHILE > 1:  # else the union, at least as long as the longest support, saves too little
+            shared = union(name, fn, shared_dims)
+            if len(shared) < work:
+                values, work = shared, len(shared)
+        return values if work <= WORTHWHILE * outcomes else dense(name, fn, shared_dims)
 
     return layout
-
-
-# A sparse layout must save this share of the dense work to pay for finding and gathering the support.
-WORTHWHILE = 0.8
