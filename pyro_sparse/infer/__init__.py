@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pyro_sparse.infer.assignment import config_estimators
+from pyro_sparse.infer.estimator_elbo import BaselineELBO, EstimatorELBO
 from pyro_sparse.infer.sparse_enum import SparseEnumELBO
 from pyro_sparse.infer.stats import SupportStats
 
@@ -9,4 +11,8 @@ __all__ = [
     # exact, over the non-zero support
     "SparseEnumELBO",
     "SupportStats",
+    # by draws, with a baseline or better
+    "BaselineELBO",
+    "EstimatorELBO",
+    "config_estimators",
 ]

@@ -36,6 +36,8 @@ class SparseEnumMessenger(EnumMessenger):
         first_available_dim: as in the stock messenger.
     """
 
+    owner = "SparseEnumELBO"  # in errors
+
     def __init__(
         self,
         layout: Layout,
@@ -72,7 +74,7 @@ class SparseEnumMessenger(EnumMessenger):
             return False
         if base is not fn:
             raise ValueError(
-                f"SparseEnumELBO, site '{name}': expected one outcome per plate element, got {base} under .to_event() "
+                f"{self.owner}, site '{name}': expected one outcome per plate element, got {base} under .to_event() "
                 f"or another wrapper ({type(fn).__name__}). Use a pyro.plate for its batch dims."
             )
         # With num_samples the user asks for local Monte Carlo sampling, which the stock messenger does.
@@ -83,13 +85,13 @@ class SparseEnumMessenger(EnumMessenger):
         asked = msg["infer"].get("enumerate_support", "sparse")
         if asked not in ("sparse", "dense"):
             raise ValueError(
-                f"SparseEnumELBO, site '{name}': expected infer['enumerate_support'] 'sparse' or 'dense', "
+                f"{self.owner}, site '{name}': expected infer['enumerate_support'] 'sparse' or 'dense', "
                 f"got {asked!r}. Leave it out for the sparse support."
             )
         sizes = fn.support_size
         if self.max_support is not None and asked == "sparse" and int(sizes.max()) > self.max_support:
             raise ValueError(
-                f"SparseEnumELBO, site '{name}': expected supports of at most max_support={self.max_support} outcomes, "
+                f"{self.owner}, site '{name}': expected supports of at most max_support={self.max_support} outcomes, "
                 f"got {int(sizes.max())}. Raise max_support, or use a sparser projection or larger scores."
             )
         self.sites[name] = SparseSite(sizes, fn.num_outcomes)
@@ -102,10 +104,11 @@ class SparseEnumMessenger(EnumMessenger):
 def _with_support(fn: SparseDistribution, values: Tensor) -> SparseDistribution:
     """A view of ``fn`` whose ``enumerate_support`` gives ``values``: what Pyro's enumeration reads."""
     view = fn.expand(fn.batch_shape)
-    enumerate_support = functools.partial(_enumerate_values, values, fn.batch_shape + fn.event_shape)
+    enumerate_support = functools.partial(enumerate_values, values, fn.batch_shape + fn.event_shape)
     view.__dict__["enumerate_support"] = enumerate_support
     return view
 
 
-def _enumerate_values(values: Tensor, shape: tuple[int, ...], expand: bool = True) -> Tensor:
+def enumerate_values(values: Tensor, shape: tuple[int, ...], expand: bool = True) -> Tensor:
+    """``enumerate_support`` of a view that knows its values."""
     return values.expand(values.shape[:1] + shape) if expand else values

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
@@ -23,6 +22,7 @@ from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
 from pyro_sparse.infer.messenger import SparseEnumMessenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
+from pyro_sparse.infer.undisturbed import undisturbed
 from pyro_sparse.infer.work import slot_ratios
 
 MODES = ("padded", "union", "auto")
@@ -111,13 +111,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
             get_importance_trace("flat", self.max_plate_nesting, model_enum(model), guide_enum(guide), args, kwargs)
             return [*guide_enum.sites, *model_enum.sites]
 
-        state = pyro.util.get_rng_state()
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices), poutine.block():
-                return slot_ratios(run)
-        finally:
-            pyro.util.set_rng_state(state)
+        with undisturbed(), poutine.block():
+            return slot_ratios(run)
 
     def _messengers(self, layout: layouts.Layout) -> tuple[SparseEnumMessenger, SparseEnumMessenger]:
         """For the guide and for the model, whose dims lie to the left of the guide's."""

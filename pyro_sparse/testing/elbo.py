@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from pyro_sparse.testing.comparison import clean_room, wrong_quantities
 from pyro_sparse.testing.models import Case, grid
 
 SHOWN = 5  # failures that the error message spells out
@@ -81,32 +80,16 @@ def check_elbo(elbo: Callable[..., ELBO], *, cases: Iterable[Case] | None = None
 
 def _check_case(elbo: Callable[..., ELBO], case: Case, tol: float) -> str:
     """What is wrong in one case; empty if nothing is."""
-    with _clean_room():
+    with clean_room():
         guide = case.guide if case.reference_guide is None else case.reference_guide
         expected = _evaluate(TraceEnum_ELBO, case, config_enumerate(guide))
-    with _clean_room():
+    with clean_room():
         try:
             got = _evaluate(elbo, case, case.guide)
         except Exception as error:  # whatever it is, say in which case
             raise AssertionError(f"check_elbo: case {case.name}: the ELBO raised {error!r}") from error
-    wrong = [name for name in expected if not _agree(expected[name], got[name], tol)]
-    if not wrong:
-        return ""
-    example = _furthest(expected[wrong[0]], got[wrong[0]])
-    return f"case {case.name}: {len(wrong)} quantities differ, first the {wrong[0]}: {example}"
-
-
-@contextmanager
-def _clean_room() -> Iterator[None]:
-    """Validation, float64 and an empty parameter store; on leaving, everything is as before."""
-    rng, dtype = get_rng_state(), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        with pyro.validation_enabled(), pyro.get_param_store().scope():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        set_rng_state(rng)
+    wrong = wrong_quantities(expected, got, tol)
+    return f"case {case.name}: {wrong}" if wrong else ""
 
 
 def _evaluate(make_elbo: Callable[..., ELBO], case: Case, guide: Callable[..., Any]) -> dict[str, Tensor]:
@@ -134,17 +117,3 @@ def _evaluate(make_elbo: Callable[..., ELBO], case: Case, guide: Callable[..., A
             results[f"gradient of {name} by {method}"] = gradient.detach()
             parameter.grad = None
     return results
-
-
-def _excess(expected: Tensor, got: Tensor) -> Tensor:
-    """The difference, absolute up to one and relative above; infinite for NaN."""
-    return ((got - expected).abs() / expected.abs().clamp(min=1)).nan_to_num(nan=torch.inf)
-
-
-def _agree(expected: Tensor, got: Tensor, tol: float) -> bool:
-    return bool((_excess(expected, got) <= tol).all())
-
-
-def _furthest(expected: Tensor, got: Tensor) -> str:
-    worst = _excess(expected, got).argmax()
-    return f"expected {expected.flatten()[worst]:.12g}, got {got.flatten()[worst]:.12g}"

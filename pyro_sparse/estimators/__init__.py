@@ -1,0 +1,43 @@
+"""Estimators of gradients of expectations, and baselines: torch only, no Pyro."""
+
+from __future__ import annotations
+
+from pyro_sparse.estimators.arms import ARMS, DisARM
+from pyro_sparse.estimators.base import Baseline, Estimator, Plate, Site, Slots
+from pyro_sparse.estimators.baselines import (
+    MovingAverage,
+    NeuralBaseline,
+    SampleBaseline,
+    Scaled,
+    SelfCritic,
+    Sum,
+    TrainableConstant,
+)
+from pyro_sparse.estimators.rao_blackwell import RaoBlackwell
+from pyro_sparse.estimators.score_function import Exact, LeaveOneOut, ScoreFunction
+from pyro_sparse.estimators.vimco import VIMCO
+
+__all__ = [
+    # estimators: one draw, several draws, sums
+    "ScoreFunction",
+    "LeaveOneOut",
+    "DisARM",
+    "ARMS",
+    "VIMCO",
+    "RaoBlackwell",
+    "Exact",
+    # baselines of ScoreFunction
+    "MovingAverage",
+    "TrainableConstant",
+    "NeuralBaseline",
+    "SelfCritic",
+    "SampleBaseline",
+    "Scaled",
+    "Sum",
+    # to write one's own
+    "Baseline",
+    "Estimator",
+    "Plate",
+    "Site",
+    "Slots",
+]

@@ -1,0 +1,153 @@
+"""The protocol of estimators and baselines: costs and log-probabilities in, surrogate out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate around a site: its name, batch dim, present size, full size, and the indices that it was subsampled to."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+    indices: Tensor | None = None
+
+
+class Slots(NamedTuple):
+    """
+    Several values of one site, on all of which the model runs.
+
+    Attributes:
+        values: ``(S, *batch_shape, *event_shape)``.
+        log_weights: ``(S, *batch_shape)``; they sum to one over S and make a weighted mean of costs unbiased for the
+            expected cost.
+        num_enumerated: how many of the S slots, the first, are outcomes in their own right and not draws.
+    """
+
+    values: Tensor
+    log_weights: Tensor
+    num_enumerated: int = 0
+
+
+@dataclass
+class Site:
+    r"""
+    What an estimator or baseline may know about one guide site.
+
+    Attributes:
+        name: the site's name.
+        fn: the guide's distribution, its batch shape that of the plates (and of the particles and slots upstream).
+        plates: the data plates around it, outermost first.
+        args, kwargs: the arguments of model and guide.
+        log_prob: :math:`\log q(z)` at the values that were drawn, attached to the guide's parameters, with the shape of
+            the cost. None while values are being drawn.
+        slots: what :meth:`Estimator.draw` returned; values and log-weights now have the slot dim in front of all others.
+        options: the site's ``infer["baseline"]``, for Pyro's own baselines.
+        memo: what a baseline leaves for its own :meth:`Baseline.update`.
+        rerun: ``rerun("mode")`` and ``rerun("sample")`` give this site's cost, unscaled and detached, in one extra run
+            of guide and model in which this and all other score-function sites take their mode or a new draw.
+    """
+
+    name: str
+    fn: Distribution
+    plates: tuple[Plate, ...] = ()
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    log_prob: Tensor | None = None
+    slots: Slots | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    memo: dict[nn.Module, Tensor] = field(default_factory=dict)
+    rerun: Callable[[str], Tensor] | None = None
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The sizes of the data plates by their dims: ``(B,)`` in one plate at dim -1."""
+        sizes = {plate.dim: plate.size for plate in self.plates}
+        return torch.Size(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
+
+
+class Baseline(nn.Module):
+    r"""
+    A baseline b for the score-function estimator :math:`(f - b)\,\nabla \log q(z)`.
+
+    **Bias:** none, whatever it returns, as long as its value for a draw z does not depend on that z (nor, therefore,
+    on the ``cost`` argument, which serves to fit it and for its shape, dtype and device).
+
+    Subclasses define :meth:`forward`. What they learn by gradients are parameters, trained along by ``svi.step`` or by
+    a torch optimiser; running means are buffers, moved in :meth:`update`.
+    """
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        """
+        Args:
+            cost: the site's cost, unscaled and detached, one for each data-plate element (and particle).
+            site: see :class:`Site`.
+
+        Returns:
+            The value to subtract, which broadcasts to the cost's shape and is detached by the caller; and the
+            baseline's own loss, a scalar whose gradient reaches the baseline's parameters only (0.0 if it has none).
+        """
+        raise NotImplementedError
+
+    def update(self, cost: Tensor, site: Site) -> None:
+        """Moves running means by this step's cost, after the old ones were used. The default has none."""
+
+
+class Estimator(nn.Module):
+    r"""
+    An estimator of :math:`\nabla\, E_{q(z)} f(z)` with respect to the parameters of q, at one site.
+
+    Attributes:
+        objective: what the gradient is the gradient of: ``"elbo"``, or ``"bound"`` for the n-particle bound.
+        num_particles: how many particles of the whole program it needs; all estimators of an ELBO share them.
+        vectorized: whether those particles are one vectorised run (else one run each).
+        draws_slots: whether :meth:`draw` lays out several values of its site in a dim of their own.
+    """
+
+    objective: ClassVar[str] = "elbo"
+    num_particles: int = 1
+    vectorized: bool = True
+    draws_slots: bool = False
+
+    def draw(self, site: Site) -> Slots:
+        """Lays out the values on which the model runs. Called only where ``draws_slots``."""
+        raise NotImplementedError
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        r"""
+        Args:
+            cost: f, unscaled and detached, one for each data-plate element; in front, a dim for the slots that
+                :meth:`draw` laid out or for the particles that :attr:`num_particles` asked for.
+            site: with ``log_prob`` in the shape of the cost.
+
+        Returns:
+            Terms of the cost's shape whose sum over slots (mean over particles) has the estimate as its gradient;
+            and a loss of the estimator's own, 0.0 if it has none.
+        """
+        raise NotImplementedError
+
+    def update(self, cost: Tensor, site: Site) -> None:
+        """Moves running means by this step's cost, after the old ones were used. The default has none."""
+
+
+def lists_outcomes(fn: Distribution) -> bool:
+    """Whether ``fn.enumerate_support`` works: torch does not list the outcomes of vectors under ``to_event``."""
+    return bool(getattr(fn, "has_enumerate_support", False)) and not isinstance(fn, Independent)
+
+
+def require_outcomes(estimator: str, site: Site) -> None:
+    """Raises if the site's distribution cannot list its outcomes."""
+    if not lists_outcomes(site.fn):
+        raise ValueError(
+            f"{estimator}, site '{site.name}': expected a distribution that lists its outcomes, got {site.fn}. "
+            "Use LeaveOneOut(n), which needs draws only, or a plate in place of to_event."
+        )

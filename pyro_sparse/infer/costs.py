@@ -1,0 +1,129 @@
+"""The one place that computes costs per element, and the one that applies plates and the weights of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Frame = Any  # pyro.poutine.indep_messenger.CondIndepStackFrame
+
+
+@dataclass(frozen=True)
+class Term:
+    """
+    A summand of the ELBO.
+
+    Attributes:
+        name: the site that it comes from.
+        value: scaled and masked, ``(*slots, *batch)``.
+        frames: the site's vectorised plates.
+        path: the attached part whose gradient belongs in the surrogate as it is; None if there is none.
+        upstream: the score-function sites on whose draws it may depend; None if on all.
+    """
+
+    name: str
+    value: Tensor
+    frames: frozenset[Frame]
+    path: Tensor | None
+    upstream: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class SlotDim:
+    """The dim in which one site laid out several values: the site, its plates, the weights ``(S, ..., *batch)``."""
+
+    site: str
+    frames: frozenset[Frame]
+    weights: Tensor
+
+
+class Costs:
+    """
+    The terms of one run of guide and model, to be summed over plates and averaged over slots.
+
+    Args:
+        terms: the summands of the ELBO.
+        slots: the slot dims, by number from the right; later sites lie further to the left.
+    """
+
+    def __init__(self, terms: Iterable[Term], slots: Mapping[int, SlotDim]) -> None:
+        self.slots = dict(sorted(slots.items()))
+        self.terms = list(terms)
+        for term in self.terms:
+            self._check_plates(term)
+        groups: dict[Any, Tensor] = {}
+        for term in self.terms:
+            value = term.value.detach()
+            key = (term.frames, self.slot_dims(value), term.upstream)
+            groups[key] = groups[key] + value if key in groups else value
+        self._groups = groups
+
+    def _check_plates(self, term: Term) -> None:
+        for dim in self.slot_dims(term.value):
+            slot = self.slots[dim]
+            if missing := [frame.name for frame in slot.frames - term.frames]:
+                raise ValueError(
+                    f"EstimatorELBO, site '{slot.site}': expected its values to be used inside its plates only, got "
+                    f"'{term.name}' outside of plate {missing}, where combinations of the values of all elements would "
+                    "count. Draw one value per element there: ScoreFunction or LeaveOneOut."
+                )
+
+    def slot_dims(self, value: Tensor) -> frozenset[int]:
+        """The slot dims along which a tensor varies."""
+        return frozenset(dim for dim in self.slots if value.dim() >= -dim and value.shape[dim] > 1)
+
+    def average(self, value: Tensor, keep: Collection[int] = ()) -> Tensor:
+        """The weighted mean over all slot dims but those to keep, last site first. Slots of weight zero do not count."""
+        for dim, slot in self.slots.items():
+            if dim not in keep and value.dim() >= -dim and value.shape[dim] > 1:
+                value = torch.where(slot.weights > 0, value * slot.weights, 0.0).sum(dim, keepdim=True)
+        return value
+
+    def at(self, frames: Collection[Frame], keep: Collection[int] = (), site: str | None = None) -> Tensor:
+        """
+        The cost of a site: one for each element of its plates and each of the slots to keep.
+
+        Args:
+            frames: the site's plates. Terms in further plates are summed over those.
+            keep: slot dims of the site itself and of those it depends on.
+            site: leaves out the terms that do not depend on this site's draw, as far as that is known.
+        """
+        parts = [
+            sum_to(self.average(value, keep), own_frames, frames)
+            for (own_frames, _, upstream), value in self._groups.items()
+            if site is None or upstream is None or site in upstream
+        ]
+        return sum(parts[1:], parts[0]) if parts else torch.zeros(())
+
+    def path(self) -> Tensor | float:
+        """The attached terms, averaged and summed: what pathwise derivatives and the model's gradient come from."""
+        return sum((self.average(term.path).sum() for term in self.terms if term.path is not None), 0.0)
+
+    def weight(self, dims: Collection[int]) -> Tensor | float:
+        """The product of the weights of some slot dims."""
+        weight: Tensor | float = 1.0
+        for dim in dims:
+            weight = weight * self.slots[dim].weights
+        return weight
+
+
+def sum_to(value: Tensor, frames: Iterable[Frame], target: Collection[Frame]) -> Tensor:
+    """Sums over the plates that the target lacks, and drops leading dims of size one."""
+    for frame in frames:
+        if frame not in target and value.dim() >= -frame.dim and value.shape[frame.dim] != 1:
+            value = value.sum(frame.dim, keepdim=True)
+    while value.dim() and len(value) == 1:
+        value = value.squeeze(0)
+    return value
+
+
+def subsampling_scale(frames: Iterable[Frame]) -> float:
+    """What a site's plates multiply its log-probability by: the product of full over present sizes."""
+    scale = 1.0
+    for frame in frames:
+        scale *= frame.full_size / frame.size
+    return scale

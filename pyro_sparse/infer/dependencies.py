@@ -1,0 +1,106 @@
+"""Which terms of the ELBO depend on which draws: for ``costs="graph"``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.tracegraph_elbo import TrackNonReparam
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_sparse.infer.undisturbed import undisturbed
+
+TermName = tuple[str, str]  # "model" or "guide", and the site
+TRIES = 4  # draws by which a dependency that provenance missed may show
+
+
+class Dependencies:
+    """
+    Finds by provenance, as :class:`~pyro.infer.TraceGraph_ELBO` does, which score-function sites each term of the ELBO
+    depends on: once for each structure of the program, and not at every step.
+
+    Provenance is lost in ``.item()``, Python branches and in-place writes. So each site is drawn again while all
+    others stay, and if a term changes that should not, it raises.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, dict[TermName, frozenset[str]]] = {}
+
+    def finder(
+        self, model: Any, guide: Any, args: Any, kwargs: Any, subsamples: Mapping[str, Tensor]
+    ) -> Callable[[Any, Any], Mapping[TermName, frozenset[str]]]:
+        """A function of a run's traces; ``guide`` and ``model`` without the messengers that drew them."""
+
+        def find(model_trace: Any, guide_trace: Any) -> Mapping[TermName, frozenset[str]]:
+            structure = (tuple(guide_trace.nodes), tuple(model_trace.nodes))
+            if structure not in self._known:
+
+                def run(trace: Any, track: Any = nullcontext()) -> dict[TermName, Tensor]:
+                    with undisturbed(), poutine.block(), _Plates(subsamples), track:
+                        return _log_probs(model, guide, args, kwargs, trace)
+
+                terms = run(guide_trace, TrackNonReparam())
+                found = {name: frozenset(get_provenance(value)) for name, value in terms.items()}
+                _check(found, guide_trace, run)
+                self._known[structure] = found
+            return self._known[structure]
+
+        return find
+
+
+class _Plates(Messenger):
+    """Gives plates the indices that they had."""
+
+    def __init__(self, subsamples: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.subsamples = subsamples
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample) and msg["value"] is None:
+            msg["value"] = self.subsamples.get(msg["name"])
+
+
+def _log_probs(model: Any, guide: Any, args: Any, kwargs: Any, trace: Any) -> dict[TermName, Tensor]:
+    guide_trace = poutine.trace(poutine.replay(guide, trace=trace)).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    terms = {}
+    for kind, own in (("guide", guide_trace), ("model", model_trace)):
+        own.compute_log_prob(lambda name, node: not isinstance(node["fn"], _Subsample))
+        for name, node in own.nodes.items():
+            if node["type"] == "sample" and not isinstance(node["fn"], _Subsample):
+                terms[kind, name] = node["log_prob"]
+    return terms
+
+
+def _check(found: Mapping[TermName, frozenset[str]], guide_trace: Any, run: Callable[[Any], Any]) -> None:
+    """Draws each site again, the others as they are: no term may change that does not depend on it."""
+    before = run(guide_trace)
+    for site in guide_trace.stochastic_nodes:
+        node = guide_trace.nodes[site]
+        if getattr(node["fn"], "has_rsample", False):
+            continue
+        for shift in range(1, TRIES + 1):
+            dim = node["infer"].get("_enumerate_dim")
+            with undisturbed():
+                value = node["fn"].sample() if dim is None else node["value"].roll(shift, 0)
+            changed = guide_trace.copy()
+            changed.nodes[site] = {**node, "value": value}
+            after = run(changed)
+            if set(after) != set(before):
+                raise _lost(site, f"other sites {sorted({name for _, name in set(after) ^ set(before)})}")
+            for term, value in before.items():
+                if site not in found[term] and not torch.equal(value, after[term]):
+                    raise _lost(site, f"a change in the {term[0]}'s '{term[1]}', which provenance did not find")
+
+
+def _lost(site: str, what: str) -> ValueError:
+    return ValueError(
+        f"EstimatorELBO, site '{site}': expected costs='graph' on a program of tensor operations, got {what}. Something "
+        "leaves torch: .item(), a Python branch, an in-place write. Use costs='plates', which is always right."
+    )

@@ -1,0 +1,321 @@
+"""ELBOs trained by score-function estimators, with a baseline or better."""
+
+from __future__ import annotations
+
+import queue
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
+from pyro.infer.util import torch_item
+from pyro.util import warn_if_nan
+from torch import Tensor, nn
+
+from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
+from pyro_sparse.infer.assignment import Assignment
+from pyro_sparse.infer.bound import importance_bound
+from pyro_sparse.infer.dependencies import Dependencies
+from pyro_sparse.infer.estimator_messenger import EstimatorMessenger
+from pyro_sparse.infer.program import Run, ScoreSite, run_program
+from pyro_sparse.infer.undisturbed import undisturbed
+
+COSTS = ("plates", "graph")
+Update = Callable[[], None]
+
+
+class EstimatorELBO(ELBO, nn.Module):
+    r"""
+    .. math:: \nabla\,\mathrm{ELBO} = E_q\bigl[\nabla f\bigr] + \sum_i E_q\bigl[(f_i - b_i)\,\nabla \log q(z_i)\bigr],
+        \qquad f = \log p(x, z) - \log q(z)
+
+    where :math:`f_i` are the terms of the site's own plate elements (and of those outside its plates), unscaled, and
+    the estimator of site i says which values are drawn, with which weights, and what stands for :math:`b_i`. Sites
+    with a reparameterised gradient keep it.
+
+    Which estimator serves a site: ``infer["estimator"]``; else the entry for its name; else Pyro's own
+    ``infer["baseline"]``; else ``"*"``; else the plain score function. A site with ``infer["enumerate"]`` is
+    enumerated. An estimator with parameters or buffers that serves several sites is copied for each at the first run,
+    so make torch optimisers after it.
+
+    **Bias:** that of the estimators, none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound).
+    **Extra model evaluations:** those of the estimators. **Needs from the guide:** what the estimators need.
+
+    Args:
+        estimator: one :class:`~pyro_sparse.estimators.Estimator` for all sites, or ``{"site": e, "*": e}``.
+        analytic_kl: uses closed-form KL divergences where torch has them. Guide and model must have their sites in the
+            same order; a KL stays in the cost of the sites before it.
+        costs: ``"plates"``: a site's cost is every term of its plate elements, always right. ``"graph"``: only the
+            terms that depend on its draw, found by provenance once for each structure of the program and checked by
+            drawing again.
+        kwargs: every keyword of :class:`pyro.infer.ELBO` but ``jit_options``.
+
+    Raises:
+        ValueError: naming the site, for entries of sites that the guide lacks or that are reparameterised, two
+            mechanisms at one site, estimators with different numbers of particles, an estimator that the site's
+            distribution or a Python branch rules out; all before gradients, parameters or running means change.
+
+    Reference: J. Schulman et al., *Gradient estimation using stochastic computation graphs*, NeurIPS 2015, §3; each
+    estimator names its own.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | Mapping[str, Any],
+        *,
+        analytic_kl: bool = False,
+        costs: str = "plates",
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        if costs not in COSTS:
+            raise ValueError(f"EstimatorELBO: expected costs in {COSTS}, got {costs!r}. Use one of them.")
+        if kwargs.get("jit_options") is not None:
+            raise ValueError("EstimatorELBO: expected no jit_options, got some. Run it eagerly: values are drawn anew.")
+        if isinstance(estimator, Mapping) and any(isinstance(e, VIMCO) for e in estimator.values()):
+            raise ValueError(
+                "EstimatorELBO: expected VIMCO alone, got it in a dict. It is the whole ELBO: pass it alone."
+            )
+        self.assignment = Assignment(estimator)
+        self.analytic_kl = analytic_kl
+        self.costs = costs
+        self._joint = False  # whether particles are run one by one but estimated together
+        self._ready = False
+        self._dependencies = Dependencies()
+        ELBO.__init__(self, **kwargs)
+        if analytic_kl and self._vimco is not None:
+            raise ValueError("EstimatorELBO: expected no analytic_kl with VIMCO, got it. Its weights need log-probs.")
+        self._set_particles({name: e for name, e in self.assignment.entries.items()})
+
+    @property
+    def _vimco(self) -> VIMCO | None:
+        entry = self.assignment.entries.get("*")
+        return entry if isinstance(entry, VIMCO) else None
+
+    def _set_particles(self, estimators: Mapping[str, Estimator]) -> None:
+        """Takes the number of particles that the estimators ask for."""
+        asking = {name: e for name, e in estimators.items() if e.num_particles > 1}
+        numbers = {(e.num_particles, e.vectorized) for e in asking.values()}
+        if not numbers:
+            return
+        if len(numbers) > 1:
+            raise ValueError(
+                "EstimatorELBO: expected one number of particles, got "
+                f"{ {name: e.num_particles for name, e in asking.items()} }. All sites share the program's particles: "
+                "use the same n."
+            )
+        [(number, vectorized)] = numbers
+        name, estimator = next(iter(asking.items()))
+        own = vectorized and self.vectorize_particles or self._joint
+        if self.num_particles == number and own:
+            return
+        if self.num_particles != 1:
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected num_particles left out, got {self.num_particles} beside "
+                f"{type(estimator).__name__}({number}), which draws its own particles. Leave it out."
+            )
+        self.num_particles = number
+        self.vectorize_particles = vectorized
+        self._joint = not vectorized
+        self.max_plate_nesting += int(vectorized)
+
+    def __call__(self, model: Any, guide: Any) -> ELBOModule:
+        """A module that computes the loss, to be trained by torch optimisers; see :class:`pyro.infer.ELBO`."""
+        return _Module(model, guide, self)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "EstimatorELBO: expected loss, loss_and_grads or differentiable_loss, got _get_trace."
+        )
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the negative ELBO (or bound), by as many particles as a gradient takes."""
+        loss = sum(torch_item(self._group_loss(group)) for group in self._groups(model, guide, args, kwargs))
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, with the estimated gradient. Moves running means where gradients are enabled and in training mode."""
+        losses, updates = [], []
+        for group in self._groups(model, guide, args, kwargs):
+            surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+            losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
+            updates += own_updates
+        loss = sum(losses[1:], losses[0])
+        warn_if_nan(loss, "loss")
+        if torch.is_grad_enabled() and self.training:
+            self._update(updates)
+        return loss
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss; adds the estimated gradient to ``.grad``, registers the estimators' parameters, moves their means."""
+        loss, updates = 0.0, []
+        for group in self._groups(model, guide, args, kwargs):
+            surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+            self.assignment.register()
+            loss += torch_item(self._group_loss(group))
+            if surrogate.requires_grad:
+                surrogate.backward(retain_graph=self.retain_graph)
+            updates += own_updates
+        self._update(updates)
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def _update(self, updates: list[Update]) -> None:
+        with torch.no_grad():
+            for update in updates:
+                update()
+
+    # Runs
+
+    def _groups(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[list[Run]]:
+        """The runs of each particle; of all particles where an estimator compares runs that are not vectorised."""
+        if not self._ready:
+            self._prepare(model, guide, args, kwargs)
+        particles = 1 if self.vectorize_particles else self.num_particles
+        if self._joint:
+            yield [run for _ in range(particles) for run in self._particle(model, guide, args, kwargs)]
+        else:
+            for _ in range(particles):
+                yield list(self._particle(model, guide, args, kwargs))
+
+    def _prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        """Learns the plates and sites of a program, from a run that leaves no trace."""
+        store = pyro.get_param_store()
+        known = set(store.keys())
+        with undisturbed():
+            messenger = self._messenger(args, kwargs, kind="probe")
+            with poutine.block(), messenger:
+                trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            found = messenger.estimators
+            self.assignment.check_names({n for n in trace.stochastic_nodes if n not in messenger.subsamples})
+            self._set_particles(found)
+            slots = any(e.draws_slots for e in found.values())
+            if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+        for name in (
+            set(store.keys()) - known
+        ):  # to be initialised again, by the random numbers that Trace_ELBO would use
+            del store[name]
+        self.assignment.serve()
+        self._ready = True
+
+    def _messenger(self, args: Any, kwargs: Any, **rerun: Any) -> EstimatorMessenger:
+        return EstimatorMessenger(self.assignment.find, self.max_plate_nesting, args, kwargs, **rerun)
+
+    def _particle(self, model: Any, guide: Any, args: Any, kwargs: Any, **rerun: Any) -> Iterator[Run]:
+        """One run, or one for each outcome of the sites enumerated sequentially."""
+        if self.vectorize_particles:
+            guide, model = self._vectorized_num_particles(guide), self._vectorized_num_particles(model)
+        messenger, upstream = self._messenger(args, kwargs, **rerun), None
+        if self.costs == "graph":
+            upstream = self._dependencies.finder(model, guide, args, kwargs, messenger.subsamples)
+        q: queue.LifoQueue[Any] = queue.LifoQueue()
+        q.put(poutine.Trace())
+        guide = poutine.queue(messenger(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
+        while not q.empty():
+            messenger.estimators = {}
+            yield run_program(guide, model, args, kwargs, messenger, self.max_plate_nesting, self.analytic_kl, upstream)
+            self.assignment.serve()
+
+    # Estimates
+
+    def _group_loss(self, group: list[Run]) -> Tensor:
+        if self._vimco is not None:
+            return -importance_bound(self._vimco, group[0], self._particle_dim)[0]
+        elbos = [run.weight() * run.elbo() for run in group]
+        return -sum(elbos[1:], elbos[0]) / self.num_particles
+
+    @property
+    def _particle_dim(self) -> int:
+        return -int(self.max_plate_nesting)
+
+    def _surrogate(
+        self, group: list[Run], model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[Tensor, list[Update]]:
+        """The surrogate loss of a group, and what moves the running means afterwards."""
+        if self._vimco is not None:
+            return -importance_bound(self._vimco, group[0], self._particle_dim)[1], []
+        reruns: dict[str, list[Run]] = {}
+
+        def rerun(kind: str) -> list[Run]:
+            if kind not in reruns:
+                with torch.no_grad():
+                    subsamples = group[0].subsamples
+                    reruns[kind] = list(self._particle(model, guide, args, kwargs, subsamples=subsamples, kind=kind))
+            return reruns[kind]
+
+        total, updates = torch.zeros(()), []
+        for run in group:
+            surrogate, losses = run.costs.path(), 0.0
+            for score in run.scores:
+                score.site.rerun = lambda kind, score=score: score.average_cost(rerun(kind))
+                term, loss, update = self._score_term(score, run, group)
+                surrogate, losses = surrogate + term, losses + loss
+                updates.append(update)
+            if run.log_weight is not None:
+                surrogate = run.weight() * (surrogate + run.elbo() * run.log_weight)
+            total = total - surrogate + losses
+        return total / self.num_particles, updates
+
+    def _score_term(self, score: ScoreSite, run: Run, group: list[Run]) -> tuple[Tensor, Any, Update]:
+        """One site's share of the surrogate, its estimator's own loss, and the update of its running means."""
+        site, estimator = score.site, self.assignment[score.site.name]
+        cost, log_prob = score.cost(run), site.log_prob
+        if self._joint and estimator.num_particles > 1:
+            # The other particles' costs at this site; they may have taken another branch.
+            cost = torch.stack(torch.broadcast_tensors(*(score.cost(other) for other in group)))
+            own = torch.tensor([other is run for other in group], device=cost.device)
+            log_prob = torch.where(own.reshape(own.shape + (1,) * (cost.dim() - 1)), log_prob, 0.0)
+        weight = torch.as_tensor(run.costs.weight(score.dims - {score.own_dim}), dtype=cost.dtype, device=cost.device)
+        cost, log_prob, weight = torch.broadcast_tensors(cost, log_prob, weight)
+        if estimator.num_particles > 1 and not self._joint:
+            cost, log_prob, weight = (x.movedim(self._particle_dim, 0) for x in (cost, log_prob, weight))
+        site.log_prob = log_prob
+        value, loss = estimator(cost, site)
+        if log_prob.requires_grad and not value.requires_grad:
+            raise ValueError(
+                f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__} to return a surrogate attached "
+                "to log_prob, got a detached tensor. Multiply the (detached) coefficients by site.log_prob."
+            )
+        return (weight * value).sum() * score.scale, loss, lambda: estimator.update(cost, site)
+
+
+class BaselineELBO(EstimatorELBO):
+    r"""
+    :class:`EstimatorELBO` with the score function and a baseline b, a one-line upgrade of
+    :class:`~pyro.infer.Trace_ELBO`, which it is where b is None.
+
+    Args:
+        baseline: a :class:`~pyro_sparse.estimators.Baseline` for all sites, None, or ``{"site": b, "*": b}``.
+        kwargs: those of :class:`EstimatorELBO`.
+    """
+
+    def __init__(self, baseline: Baseline | Mapping[str, Baseline | None] | None = None, **kwargs: Any) -> None:
+        single = not isinstance(baseline, Mapping)
+        entries = {"*": baseline} if single else baseline
+        super().__init__({name: ScoreFunction(b) for name, b in entries.items()}, **kwargs)
+
+
+class _Module(ELBOModule):
+    """What ``elbo(model, guide)`` is; its first run warns of parameters that it does not hold."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with poutine.trace(param_only=True) as captured:
+            loss = super().forward(*args, **kwargs)
+        if not getattr(self, "_checked", False):
+            self._checked = True
+            held = {id(parameter) for parameter in self.parameters()}
+            nodes = captured.trace.nodes.items()
+            if missing := [n for n, node in nodes if id(node["value"].unconstrained()) not in held]:
+                warnings.warn(
+                    f"EstimatorELBO: expected model and guide to be modules that hold their parameters, got functions with "
+                    f"{missing} in Pyro's param store. Give those to your optimiser too.",
+                    stacklevel=3,
+                )
+        return loss

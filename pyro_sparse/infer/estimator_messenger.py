@@ -1,0 +1,145 @@
+"""Draws, at each site of the guide, the values that the site's estimator asks for."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_sparse.estimators import Estimator, Exact, Plate, Site, Slots
+from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
+from pyro_sparse.infer import layouts
+from pyro_sparse.infer.costs import Frame
+from pyro_sparse.infer.messenger import SparseEnumMessenger, enumerate_values
+
+PARTICLES = "num_particles_vectorized"  # the plate that pyro.infer.ELBO puts around vectorised particles
+
+
+class EstimatorMessenger(SparseEnumMessenger):
+    """
+    Lays out slots in dims of their own, as enumeration does, where a site's estimator draws them.
+
+    Args:
+        find: gives the estimator of a sample message, None for reparameterised sites.
+        nesting: dims to the left of it belong to slots; infinite where no site may have any.
+        args, kwargs: the guide's arguments, which baselines may see.
+        subsamples: the indices that plates are to reuse.
+        kind: "draw"; "mode" puts each score-function site without slots at its mode; "probe" draws no slots.
+    """
+
+    owner = "EstimatorELBO"
+
+    def __init__(
+        self,
+        find: Callable[[Any], Estimator | None],
+        nesting: float,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        subsamples: Mapping[str, Tensor] | None = None,
+        kind: str = "draw",
+    ) -> None:
+        finite = int(nesting) if nesting != float("inf") else 0
+        super().__init__(layouts.padded, finite, first_available_dim=-1 - finite)
+        self.find = find
+        self.args, self.kwargs = args, kwargs
+        self.fixed = dict(subsamples or {})
+        self.kind = kind
+        self.subsamples: dict[str, Tensor] = {}
+        self.estimators: dict[str, Estimator] = {}
+        self.slots: dict[str, Slots] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            if msg["value"] is None:
+                msg["value"] = self.fixed.get(msg["name"])
+            return
+        estimator = None if msg["is_observed"] or msg["done"] else self.find(msg)
+        if estimator is None:
+            return
+        self.estimators[msg["name"]] = estimator
+        if estimator.draws_slots and self.kind != "probe":
+            self._lay_out_slots(msg, estimator)
+        elif self.kind == "mode":
+            msg["value"] = mode(msg["fn"])
+
+    def _lay_out_slots(self, msg: Any, estimator: Estimator) -> None:
+        name = msg["name"]
+        if msg["infer"].get("enumerate") == "sequential":
+            return  # one run for each outcome: the ELBO sees to it
+        if "_markov_scope" in msg["infer"]:
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected no pyro.markov around a site with {type(estimator).__name__}, "
+                "got one. Use SparseEnumELBO or TraceEnum_ELBO, which recycle its dims, or LeaveOneOut."
+            )
+        if not isinstance(estimator, Exact):
+            slots = estimator.draw(self.site(msg))
+            msg["fn"] = _with_values(msg["fn"], slots.values)
+        else:
+            require_outcomes("Exact", self.site(msg))
+        msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+        super()._pyro_sample(msg)
+        if not isinstance(estimator, Exact):
+            dim = msg["infer"]["_enumerate_dim"]
+            self.slots[name] = slots._replace(log_weights=_spread(slots.log_weights, -dim), values=msg["value"])
+
+    def _enumerates(self, msg: Any) -> bool:
+        return isinstance(self.estimators[msg["name"]], Exact) and super()._enumerates(msg)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            self.subsamples[msg["name"]] = msg["value"]
+        elif "_enumerate_dim" in msg["infer"]:
+            super()._pyro_post_sample(msg)
+
+    def site(self, msg: Any) -> Site:
+        """What estimators and baselines may know of a site."""
+        return Site(
+            msg["name"],
+            msg["fn"],
+            plates=data_plates(msg["cond_indep_stack"], self.subsamples),
+            args=self.args,
+            kwargs=self.kwargs,
+            options=msg["infer"].get("baseline", {}),
+        )
+
+
+def data_plates(frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor]) -> tuple[Plate, ...]:
+    """The vectorised plates among a site's frames, outermost first, without the particles'."""
+    plates = [
+        Plate(f.name, f.dim, f.size, f.full_size, subsamples.get(f.name))
+        for f in frames
+        if f.vectorized and f.name != PARTICLES
+    ]
+    return tuple(sorted(plates, key=lambda plate: plate.dim))
+
+
+def mode(fn: Any) -> Tensor:
+    """The most probable outcome, the first of several; of a distribution that cannot list its outcomes, its ``mode``."""
+    with torch.no_grad():
+        if isinstance(fn, Independent):
+            return mode(fn.base_dist)
+        if not lists_outcomes(fn):
+            return fn.mode
+        outcomes = fn.enumerate_support(expand=True)
+        best = fn.log_prob(outcomes).argmax(0, keepdim=True)
+        index = best.reshape(best.shape + (1,) * len(fn.event_shape)).expand((1,) + outcomes.shape[1:])
+        return outcomes.gather(0, index)[0]
+
+
+def _with_values(fn: Any, values: Tensor) -> Any:
+    """A view of ``fn`` whose ``enumerate_support`` gives ``values``: what Pyro's enumeration reads."""
+    view = copy.copy(fn)
+    shape = fn.batch_shape + fn.event_shape
+    view.__dict__["enumerate_support"] = functools.partial(enumerate_values, values, shape)
+    return view
+
+
+def _spread(value: Tensor, dims: int) -> Tensor:
+    """Moves the first dim to be ``dims`` from the right."""
+    return value.reshape(value.shape[:1] + (1,) * (dims - value.dim()) + value.shape[1:])

@@ -1,0 +1,312 @@
+"""The gradient of the ELBO by enumeration of every discrete choice: what estimators are compared with."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.infer import TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from pyro.util import check_traceenum_requirements
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_sparse.infer.messenger import enumerate_values
+
+STRATEGIES = ("parallel", "sequential")
+MAX_OUTCOMES = 4096
+DRAWS = 3  # to see whether a program runs on several values at once
+
+
+def exact_gradient(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    parameters: Iterable[Tensor],
+    strategy: str = "parallel",
+    max_outcomes: int = MAX_OUTCOMES,
+) -> list[Tensor]:
+    r"""
+    .. math:: -\nabla \sum_z q(z)\,\bigl(\log p(x, z) - \log q(z)\bigr)
+
+    over all outcomes z of all guide sites, by stock :class:`~pyro.infer.TraceEnum_ELBO`: the gradient of the loss, as
+    ``loss_and_grads`` leaves it in ``.grad``, without noise. It needs no mark at the sites. The random number
+    generators and every ``.grad`` stay as they were.
+
+    Noise cannot be enumerated, so a program that draws any is refused: a continuous site, a plate that subsamples,
+    dropout. There, average the gradients of :class:`EnumeratedELBO`, which sums over the discrete sites only.
+
+    Args:
+        model, guide: as for :class:`pyro.infer.SVI`.
+        args, kwargs: their arguments.
+        parameters: the tensors to differentiate by, such as those of ``pyro.get_param_store().named_parameters()``.
+        strategy, max_outcomes: see :class:`EnumeratedELBO`.
+
+    Returns:
+        One gradient for each parameter; zeros for those on which the ELBO does not depend.
+
+    Raises:
+        ValueError: if a random number was drawn, or for more outcomes than ``max_outcomes``.
+    """
+    elbo = EnumeratedELBO(strategy, max_outcomes=max_outcomes)
+    parameters = list(parameters)
+
+    def evaluate() -> list[Tensor]:
+        loss = elbo.differentiable_loss(model, guide, *args, **(kwargs or {}))
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+    with unchanged_random_state():
+        elbo.find_plates(model, guide, args, kwargs or {})
+        before = random_state()
+        gradients = evaluate()
+        # What draws may be no more than the first value of a parameter, as in pyro.param("w", torch.randn(3)).
+        noisy = random_state() != before and (elbo.sampled or not _close(gradients, evaluate()))
+    if noisy:
+        where = f" at {sorted(elbo.sampled)}" if elbo.sampled else " outside of the guide's sites, such as dropout"
+        raise ValueError(
+            f"exact_gradient: expected a program whose every choice can be enumerated, got random numbers{where}. "
+            "Average the gradients of EnumeratedELBO, or fix the noise."
+        )
+    return gradients
+
+
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Equal but for rounding."""
+    size = sum(float(x.square().sum()) for x in a) ** 0.5
+    distance = sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True)) ** 0.5
+    return distance <= 100 * max(torch.finfo(x.dtype).eps for x in a) * size
+
+
+class EnumeratedELBO(TraceEnum_ELBO):
+    """
+    :class:`~pyro.infer.TraceEnum_ELBO` that enumerates every guide site with a finite support, marked or not: vectors
+    under ``to_event`` too, over all combinations of their elements. What else is random is sampled: the gradient is
+    unbiased, and exact where nothing else is.
+
+    Args:
+        strategy: ``"parallel"``: guide and model run once, on all outcomes. ``"sequential"``: once for each
+            combination of outcomes, for programs that branch in Python on one of them. A site's own
+            ``infer={"enumerate": ...}`` wins.
+        max_outcomes: the largest number of combinations of outcomes that is accepted (of sites whose dims
+            ``pyro.markov`` does not recycle).
+        kwargs: every keyword of :class:`pyro.infer.ELBO`.
+
+    Raises:
+        ValueError: for more than ``max_outcomes`` combinations, or a site outside of a plate that may depend on the
+            enumerated sites in it.
+    """
+
+    def __init__(self, strategy: str = "parallel", *, max_outcomes: int = MAX_OUTCOMES, **kwargs: Any) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"EnumeratedELBO: expected strategy in {STRATEGIES}, got {strategy!r}. Use one of them.")
+        super().__init__(**{"strict_enumeration_warning": False, **kwargs})
+        self.strategy = strategy
+        self.max_outcomes = max_outcomes
+        self.sampled: set[str] = set()  #: guide sites that the last step drew, and plates that it subsampled
+
+    def find_plates(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Finds ``max_plate_nesting``, if it was not given, by an ordinary run. The first loss would."""
+        if self.max_plate_nesting == float("inf"):
+            with torch.no_grad(), poutine.block():
+                traces = _run(model, guide, args, kwargs, poutine.Trace())
+            self.max_plate_nesting = _nesting(traces)
+
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+        self.find_plates(model, guide, args, kwargs)
+        messenger = _EnumerateAll(self.strategy, self.max_outcomes)
+        self.sampled = messenger.sampled
+        yield from super()._get_traces(model, messenger(guide), args, kwargs)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            # Pyro warns and goes on; the sum would be over the wrong combinations.
+            warnings.filterwarnings("error", r"(?s).*possibly invalid dependency", RuntimeWarning)
+            try:
+                traces = super()._get_trace(model, guide, args, kwargs)
+                check_traceenum_requirements(*traces)  # with Pyro's validation off, too
+            except RuntimeWarning as warning:
+                raise ValueError(
+                    f"EnumeratedELBO: expected that no site outside of a plate depends on enumerated sites in it, got: "
+                    f"{warning}. Move it into the plate or before it, or use an estimator that draws."
+                ) from warning
+        return traces
+
+
+class _EnumerateAll(Messenger):
+    """Marks each guide site with a finite support for enumeration, and counts the combinations."""
+
+    def __init__(self, strategy: str, max_outcomes: int) -> None:
+        super().__init__()
+        self.strategy = strategy
+        self.max_outcomes = max_outcomes
+        self.sampled: set[str] = set()
+        self._sizes: dict[int | str, int] = {}  # of each enumeration dim, of each site enumerated sequentially
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if isinstance(_unmasked(fn), Independent):
+            values = self._combinations(_unmasked(fn), msg["name"])
+            if values is None:
+                return
+            msg["fn"] = view = copy.copy(fn)
+            shape = fn.batch_shape + fn.event_shape
+            view.__dict__["enumerate_support"] = functools.partial(enumerate_values, values, shape)
+        elif not getattr(fn, "has_enumerate_support", False):
+            return
+        asked = msg["infer"].get("enumerate") or self.strategy
+        others = {k: v for k, v in msg["infer"].items() if k not in ("num_samples", "tmc", "expand")}
+        msg["infer"] = {**others, "enumerate": asked}
+
+    def _combinations(self, fn: Any, name: str) -> Tensor | None:
+        """All combinations of the outcomes of an event's elements, ``(K**n, 1, ..., 1, *event_shape)``."""
+        base = fn.base_dist
+        if not getattr(base, "has_enumerate_support", False):
+            return None
+        elements = math.prod(base.batch_shape[len(fn.batch_shape) :])
+        outcomes = base.enumerate_support(expand=False).reshape(-1, *base.event_shape)
+        self._count(name, len(outcomes) ** elements)
+        each = torch.arange(len(outcomes), device=outcomes.device)
+        index = torch.cartesian_prod(*[each] * elements).reshape(-1, elements)
+        return outcomes[index].reshape(-1, *(1,) * len(fn.batch_shape), *fn.event_shape)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            if msg["value"].numel() < msg["fn"].size:
+                self.sampled.add(msg["name"])
+        elif (dim := msg["infer"].get("_enumerate_dim")) is not None:
+            self._sizes.pop(msg["name"], None)
+            self._count(dim, max(msg["value"].shape[dim - msg["fn"].event_dim], self._sizes.get(dim, 1)))
+        elif (total := msg["infer"].get("_enum_total")) is not None:
+            self._count(msg["name"], total)
+        elif not msg["is_observed"] and not msg["infer"].get("enumerate"):
+            self.sampled.add(msg["name"])
+
+    def _count(self, where: int | str, outcomes: int) -> None:
+        self._sizes[where] = outcomes
+        if (total := math.prod(self._sizes.values())) > self.max_outcomes:
+            raise ValueError(
+                f"EnumeratedELBO: expected at most max_outcomes={self.max_outcomes} combinations of outcomes, got "
+                f"{total}. Raise max_outcomes, or use an estimator that draws."
+            )
+
+
+def _unmasked(fn: Any) -> Any:
+    return _unmasked(fn.base_dist) if isinstance(fn, MaskedDistribution) else fn
+
+
+def why_one_by_one(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """
+    Why guide and model cannot run on several values of their sites at once, as parallel enumeration asks of them;
+    empty if they can.
+
+    Runs them on a few draws one by one and on all together, in a dim to the left of the plates, and compares the
+    log-probabilities. A program may run on all together without an error and be wrong: where it branches on
+    ``z.sum()``, or has a batch normalisation.
+    """
+    with torch.no_grad(), poutine.block(), unchanged_random_state():
+        fixed = poutine.Trace()  # all runs see the same subsample
+        runs = []
+        for _ in range(DRAWS):
+            runs.append(_run(model, guide, args, kwargs, fixed))
+            for name, site in _sites(runs[-1]).items():
+                if name not in fixed and site_is_subsample(site):
+                    fixed.add_node(name, **site)
+        nesting = _nesting(runs[0])
+        try:
+            together = _run(model, guide, args, kwargs, _stack(runs, fixed, nesting))
+            each = [_log_probs(pair) for pair in runs]
+            differing = [
+                name
+                for (role, name), value in _log_probs(together).items()
+                if not _agree(value, [log_probs[role, name] for log_probs in each], nesting)
+            ]
+        except Exception as error:  # whatever it is: the same program has just run on one value
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"other log-probabilities at {sorted(set(differing))}" if differing else ""
+
+
+def _run(model: Any, guide: Any, args: Any, kwargs: Any, given: poutine.Trace) -> tuple[poutine.Trace, poutine.Trace]:
+    guide_trace = poutine.trace(poutine.replay(guide, trace=given)).get_trace(*args, **kwargs)
+    latent = given.copy()
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample":
+            latent.nodes[name] = site  # add_node would warn of names that both have
+    model_trace = poutine.trace(poutine.replay(model, trace=latent)).get_trace(*args, **kwargs)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    return guide_trace, model_trace
+
+
+def _sites(traces: Iterable[poutine.Trace]) -> dict[str, Any]:
+    """The sample sites of guide and model, the guide's where both have one."""
+    return {n: s for trace in reversed([*traces]) for n, s in trace.nodes.items() if s["type"] == "sample"}
+
+
+def _nesting(traces: Iterable[poutine.Trace]) -> int:
+    frames = [frame for site in _sites(traces).values() for frame in site["cond_indep_stack"] if frame.vectorized]
+    return max((-frame.dim for frame in frames), default=0)
+
+
+def _log_probs(traces: Iterable[poutine.Trace]) -> dict[tuple[int, str], Tensor]:
+    return {
+        (role, name): site["log_prob"]
+        for role, trace in enumerate(traces)
+        for name, site in _sites([trace]).items()
+        if not site_is_subsample(site)
+    }
+
+
+def _stack(runs: Any, fixed: poutine.Trace, nesting: int) -> poutine.Trace:
+    """The values of all runs, in a dim to the left of all plates."""
+    sites = [_sites(pair) for pair in runs]
+    stacked = fixed.copy()
+    for name, site in sites[0].items():
+        if not site["is_observed"] and name not in fixed:
+            values = [each[name]["value"] for each in sites]
+            missing = (1,) * (nesting + site["fn"].event_dim - values[0].dim())
+            values = [value.reshape(missing + value.shape) for value in values]
+            stacked.add_node(name, **{**site, "value": torch.stack(values), "infer": {}})
+    return stacked
+
+
+def _agree(together: Tensor, each: list[Tensor], nesting: int) -> bool:
+    tolerance = 3 * torch.finfo(together.dtype).eps ** 0.5
+    rows = together.expand(torch.broadcast_shapes(together.shape, (len(each),) + (1,) * nesting))
+    return all(
+        torch.allclose(row, x.expand(row.shape), rtol=tolerance, atol=tolerance, equal_nan=True)
+        for row, x in zip(rows, each, strict=True)
+    )
+
+
+def random_state() -> tuple[Any, ...]:
+    """The state of every generator that a program may draw from, to compare."""
+    state = pyro.util.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    _, keys, *position = state["numpy"]
+    return *(x.numpy().tobytes() for x in [state["torch"], *cuda]), state["random"], keys.tobytes(), position
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Puts the states of all generators back: torch's on each device, Python's and numpy's."""
+    state = pyro.util.get_rng_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            pyro.util.set_rng_state(state)

@@ -1,0 +1,21 @@
+"""Runs on the side that leave the random number generators as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Without gradients; on leaving, the generators of torch (CPU, GPUs), Python and numpy are as before."""
+    state = pyro.util.get_rng_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        pyro.util.set_rng_state(state)

@@ -1,0 +1,40 @@
+"""What the checks of ELBOs share: a clean room to run in, and when two numbers agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+
+
+@contextmanager
+def clean_room() -> Iterator[None]:
+    """Validation, float64 and an empty parameter store; on leaving, everything is as before."""
+    rng, dtype = get_rng_state(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with pyro.validation_enabled(), pyro.get_param_store().scope():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        set_rng_state(rng)
+
+
+def wrong_quantities(expected: dict[str, Tensor], got: dict[str, Tensor], tol: float) -> str:
+    """How many differ, and by how much the first one does; empty if none does."""
+    wrong = [name for name in expected if not bool((_excess(expected[name], got[name]) <= tol).all())]
+    if not wrong:
+        return ""
+    first, value = expected[wrong[0]], got[wrong[0]]
+    worst = _excess(first, value).argmax()
+    numbers = f"expected {first.flatten()[worst]:.12g}, got {value.flatten()[worst]:.12g}"
+    return f"{len(wrong)} quantities differ, first the {wrong[0]}: {numbers}"
+
+
+def _excess(expected: Tensor, got: Tensor) -> Tensor:
+    """The difference, absolute up to one and relative above; infinite for NaN."""
+    return ((got - expected).abs() / expected.abs().clamp(min=1)).nan_to_num(nan=torch.inf)
