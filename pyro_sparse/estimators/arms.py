@@ -45,7 +45,7 @@ class ARMS(Estimator):
         with torch.no_grad():
             probs = self._bits(site).probs
             values = self.draw_bits(probs)
-            shape = (self.n,) + site.fn.batch_shape
+            shape = (self.n, *site.fn.batch_shape)
             return Slots(values, probs.new_full((), -math.log(self.n)).expand(shape))
 
     def draw_bits(self, probs: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class ARMS(Estimator):
             given_one, given_zero = (2 * probs - 1).clamp(min=0) / probs, probs.clamp(max=1 - probs) / (1 - probs)
             return torch.stack([first, torch.bernoulli(torch.where(first == 1, given_one, given_zero))])
         rare = torch.minimum(probs, 1 - probs)
-        exponentials = torch.empty((self.n,) + probs.shape, dtype=probs.dtype, device=probs.device).exponential_()
+        exponentials = torch.empty((self.n, *probs.shape), dtype=probs.dtype, device=probs.device).exponential_()
         is_rare = exponentials / exponentials.sum(0) > 1 - rare ** (1 / (self.n - 1))
         return torch.where(probs <= 0.5, is_rare, ~is_rare).to(probs.dtype)
 
@@ -77,8 +77,8 @@ class ARMS(Estimator):
             fn = fn.base_dist
         if not isinstance(fn, Bernoulli):
             raise ValueError(
-                f"{type(self).__name__}, site '{site.name}': expected Bernoulli, alone or under to_event, got {site.fn}. "
-                "Use LeaveOneOut or RaoBlackwell."
+                f"{type(self).__name__}, site '{site.name}': expected Bernoulli, alone or under to_event, got "
+                f"{site.fn}. Use LeaveOneOut or RaoBlackwell."
             )
         return fn
 

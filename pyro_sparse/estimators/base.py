@@ -13,7 +13,7 @@ from torch.distributions import Distribution, Independent
 
 @dataclass(frozen=True)
 class Plate:
-    """A plate around a site: its name, batch dim, present size, full size, and the indices that it was subsampled to."""
+    """A plate around a site: name, batch dim, present size, full size, and the indices that it was subsampled to."""
 
     name: str
     dim: int
@@ -49,8 +49,8 @@ class Site:
         plates: the data plates around it, outermost first.
         args, kwargs: the arguments of model and guide.
         log_prob: :math:`\log q(z)` at the values that were drawn, attached to the guide's parameters, with the shape of
-            the cost. None while values are being drawn.
-        slots: what :meth:`Estimator.draw` returned; values and log-weights now have the slot dim in front of all others.
+            the cost. Zero while values are being drawn.
+        slots: what :meth:`Estimator.draw` returned; here too the slot dim is in front of all others.
         options: the site's ``infer["baseline"]``, for Pyro's own baselines.
         memo: what a baseline leaves for its own :meth:`Baseline.update`.
         rerun: ``rerun("mode")`` and ``rerun("sample")`` give this site's cost, unscaled and detached, in one extra run
@@ -62,7 +62,7 @@ class Site:
     plates: tuple[Plate, ...] = ()
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    log_prob: Tensor | None = None
+    log_prob: Tensor = field(default_factory=lambda: torch.zeros(()))
     slots: Slots | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     memo: dict[nn.Module, Tensor] = field(default_factory=dict)

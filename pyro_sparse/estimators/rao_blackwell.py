@@ -63,7 +63,7 @@ class RaoBlackwell(Estimator):
             # A row without a tail draws from all of q: its draws have weight zero.
             rows = torch.where(mass > 0, tail, probs).movedim(0, -1)
             drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.tail_samples, replacement=True)
-            drawn = drawn.reshape(rows.shape[:-1] + (self.tail_samples,)).movedim(-1, 0)
+            drawn = drawn.reshape((*rows.shape[:-1], self.tail_samples)).movedim(-1, 0)
             weight = (mass / self.tail_samples).log().expand(drawn.shape)
             return Slots(_take(outcomes, torch.cat([where_top, drawn])), torch.cat([top, weight]), k)
 
@@ -75,7 +75,7 @@ class RaoBlackwell(Estimator):
         return min(int((covered < self.coverage).sum(0).max()) + 1, len(log_q))
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        assert site.slots is not None and site.log_prob is not None
+        assert site.slots is not None
         weights, k = site.slots.log_weights.exp(), site.slots.num_enumerated
         baseline: Tensor | float = 0.0
         if k < len(cost):

@@ -88,7 +88,6 @@ class Exact(Estimator):
         return Slots(outcomes, site.fn.log_prob(outcomes).detach(), len(outcomes))
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        assert site.log_prob is not None
         weights = site.log_prob.detach().exp()
         return (weights * cost * site.log_prob).masked_fill(weights == 0, 0.0), 0.0
 

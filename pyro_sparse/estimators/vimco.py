@@ -45,7 +45,6 @@ class VIMCO(Estimator):
         Here ``cost`` is :math:`\\log w`, ``(n, *batch)``, attached, and ``site.log_prob`` that of all sampled sites
         together; the surrogate has shape ``batch``.
         """
-        assert site.log_prob is not None
         with torch.no_grad():
             others = (cost.sum(0) - cost) / (self.num_particles - 1)
             own = torch.eye(self.num_particles, dtype=torch.bool, device=cost.device)

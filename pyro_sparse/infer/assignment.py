@@ -40,7 +40,7 @@ def config_estimators(
         estimator = sites.get(msg["name"], None if _is_reparameterized(msg) else default)
         return {} if estimator is None or "estimator" in msg["infer"] else {"estimator": estimator}
 
-    return poutine.infer_config(guide, config_fn=config)
+    return poutine.infer_config(guide, config_fn=config)  # type: ignore[arg-type]
 
 
 class PyroBaseline(Baseline):
@@ -100,9 +100,9 @@ class Assignment(nn.Module):
     def __init__(self, given: Estimator | Mapping[str, Given]) -> None:
         super().__init__()
         entries = given if isinstance(given, Mapping) else {"*": given}
-        # Not a submodule: what "*" gives is copied to the sites that it serves.
-        self.__dict__["entries"] = {name: _as_estimator(entry) for name, entry in entries.items()}
-        self.__dict__["sources"] = {}
+        # In dicts they are no submodules: what "*" gives is copied to the sites that it serves.
+        self.entries = {name: _as_estimator(entry) for name, entry in entries.items()}
+        self.sources: dict[str, Any] = {}
         self.sites = nn.ModuleDict()
         shared = [id(entry) for entry in self.entries.values()]
         for name, entry in self.entries.items():
@@ -146,8 +146,8 @@ class Assignment(nn.Module):
         if name in self.sources and self.sources[name] is not asked:
             if [*asked.parameters(), *asked.buffers()]:
                 raise ValueError(
-                    f"EstimatorELBO, site '{name}': expected the same estimator at every step, got a new {asked}, which "
-                    "would forget what it learned. Make it once, outside the guide."
+                    f"EstimatorELBO, site '{name}': expected the same estimator at every step, got a new {asked}, "
+                    "which would forget what it learned. Make it once, outside the guide."
                 )
         self.sources[name] = asked
 
@@ -225,7 +225,7 @@ def _as_estimator(given: Any) -> Estimator:
     if given is None or isinstance(given, Baseline):
         return ScoreFunction(given)
     raise TypeError(
-        f"EstimatorELBO: expected an Estimator, got {given!r}. Use one of pyro_sparse.estimators, or subclass Estimator."
+        f"EstimatorELBO: expected an Estimator, got {given!r}. Use one of pyro_sparse.estimators, or a subclass."
     )
 
 

@@ -77,7 +77,7 @@ class Costs:
         return frozenset(dim for dim in self.slots if value.dim() >= -dim and value.shape[dim] > 1)
 
     def average(self, value: Tensor, keep: Collection[int] = ()) -> Tensor:
-        """The weighted mean over all slot dims but those to keep, last site first. Slots of weight zero do not count."""
+        """The weighted mean over all slot dims but those to keep, last site first; without the slots of weight zero."""
         for dim, slot in self.slots.items():
             if dim not in keep and value.dim() >= -dim and value.shape[dim] > 1:
                 value = torch.where(slot.weights > 0, value * slot.weights, 0.0).sum(dim, keepdim=True)

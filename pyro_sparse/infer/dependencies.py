@@ -41,8 +41,8 @@ class Dependencies:
             structure = (tuple(guide_trace.nodes), tuple(model_trace.nodes))
             if structure not in self._known:
 
-                def run(trace: Any, track: Any = nullcontext()) -> dict[TermName, Tensor]:
-                    with undisturbed(), poutine.block(), _Plates(subsamples), track:
+                def run(trace: Any, track: Messenger | None = None) -> dict[TermName, Tensor]:
+                    with undisturbed(), poutine.block(), _Plates(subsamples), track or nullcontext():
                         return _log_probs(model, guide, args, kwargs, trace)
 
                 terms = run(guide_trace, TrackNonReparam())
@@ -101,6 +101,6 @@ def _check(found: Mapping[TermName, frozenset[str]], guide_trace: Any, run: Call
 
 def _lost(site: str, what: str) -> ValueError:
     return ValueError(
-        f"EstimatorELBO, site '{site}': expected costs='graph' on a program of tensor operations, got {what}. Something "
-        "leaves torch: .item(), a Python branch, an in-place write. Use costs='plates', which is always right."
+        f"EstimatorELBO, site '{site}': expected for costs='graph' a program of tensor operations, got {what}. "
+        "Something leaves torch: .item(), a Python branch, an in-place write. Use costs='plates', which is always right."
     )

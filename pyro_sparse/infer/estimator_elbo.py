@@ -90,7 +90,7 @@ class EstimatorELBO(ELBO, nn.Module):
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
             raise ValueError("EstimatorELBO: expected no analytic_kl with VIMCO, got it. Its weights need log-probs.")
-        self._set_particles({name: e for name, e in self.assignment.entries.items()})
+        self._set_particles(self.assignment.entries)
 
     @property
     def _vimco(self) -> VIMCO | None:
@@ -111,7 +111,7 @@ class EstimatorELBO(ELBO, nn.Module):
             )
         [(number, vectorized)] = numbers
         name, estimator = next(iter(asking.items()))
-        own = vectorized and self.vectorize_particles or self._joint
+        own = (vectorized and self.vectorize_particles) or self._joint
         if self.num_particles == number and own:
             return
         if self.num_particles != 1:
@@ -140,7 +140,7 @@ class EstimatorELBO(ELBO, nn.Module):
         return loss
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, with the estimated gradient. Moves running means where gradients are enabled and in training mode."""
+        """The loss, with the estimated gradient. Running means move if gradients are enabled and in training mode."""
         losses, updates = [], []
         for group in self._groups(model, guide, args, kwargs):
             surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
@@ -153,7 +153,7 @@ class EstimatorELBO(ELBO, nn.Module):
         return loss
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss; adds the estimated gradient to ``.grad``, registers the estimators' parameters, moves their means."""
+        """The loss; adds the gradient to ``.grad``, registers the estimators' parameters, moves their running means."""
         loss, updates = 0.0, []
         for group in self._groups(model, guide, args, kwargs):
             surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
@@ -163,7 +163,7 @@ class EstimatorELBO(ELBO, nn.Module):
                 surrogate.backward(retain_graph=self.retain_graph)
             updates += own_updates
         self._update(updates)
-        warn_if_nan(loss, "loss")
+        warn_if_nan(loss, "loss")  # type: ignore[call-overload]
         return loss
 
     def _update(self, updates: list[Update]) -> None:
@@ -280,8 +280,8 @@ class EstimatorELBO(ELBO, nn.Module):
         value, loss = estimator(cost, site)
         if log_prob.requires_grad and not value.requires_grad:
             raise ValueError(
-                f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__} to return a surrogate attached "
-                "to log_prob, got a detached tensor. Multiply the (detached) coefficients by site.log_prob."
+                f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__} to return a surrogate "
+                "attached to log_prob, got a detached tensor. Multiply the (detached) coefficients by site.log_prob."
             )
         return (weight * value).sum() * score.scale, loss, lambda: estimator.update(cost, site)
 
@@ -297,8 +297,7 @@ class BaselineELBO(EstimatorELBO):
     """
 
     def __init__(self, baseline: Baseline | Mapping[str, Baseline | None] | None = None, **kwargs: Any) -> None:
-        single = not isinstance(baseline, Mapping)
-        entries = {"*": baseline} if single else baseline
+        entries = baseline if isinstance(baseline, Mapping) else {"*": baseline}
         super().__init__({name: ScoreFunction(b) for name, b in entries.items()}, **kwargs)
 
 
@@ -312,10 +311,10 @@ class _Module(ELBOModule):
             self._checked = True
             held = {id(parameter) for parameter in self.parameters()}
             nodes = captured.trace.nodes.items()
-            if missing := [n for n, node in nodes if id(node["value"].unconstrained()) not in held]:
+            if missing := [n for n, node in nodes if id(node["value"].unconstrained()) not in held]:  # type: ignore
                 warnings.warn(
-                    f"EstimatorELBO: expected model and guide to be modules that hold their parameters, got functions with "
-                    f"{missing} in Pyro's param store. Give those to your optimiser too.",
+                    "EstimatorELBO: expected model and guide to be modules that hold their parameters, got functions "
+                    f"with {missing} in Pyro's param store. Give those to your optimiser too.",
                     stacklevel=3,
                 )
         return loss

@@ -120,7 +120,7 @@ def data_plates(frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor]) -> 
 
 
 def mode(fn: Any) -> Tensor:
-    """The most probable outcome, the first of several; of a distribution that cannot list its outcomes, its ``mode``."""
+    """The most probable outcome, the first of several; ``fn.mode`` where the outcomes cannot be listed."""
     with torch.no_grad():
         if isinstance(fn, Independent):
             return mode(fn.base_dist)
@@ -128,7 +128,7 @@ def mode(fn: Any) -> Tensor:
             return fn.mode
         outcomes = fn.enumerate_support(expand=True)
         best = fn.log_prob(outcomes).argmax(0, keepdim=True)
-        index = best.reshape(best.shape + (1,) * len(fn.event_shape)).expand((1,) + outcomes.shape[1:])
+        index = best.reshape(best.shape + (1,) * len(fn.event_shape)).expand((1, *outcomes.shape[1:]))
         return outcomes.gather(0, index)[0]
 
 

@@ -120,7 +120,7 @@ class EnumeratedELBO(TraceEnum_ELBO):
         """Finds ``max_plate_nesting``, if it was not given, by an ordinary run. The first loss would."""
         if self.max_plate_nesting == float("inf"):
             with torch.no_grad(), poutine.block():
-                traces = _run(model, guide, args, kwargs, poutine.Trace())
+                traces = run_once(model, guide, args, kwargs)
             self.max_plate_nesting = _nesting(traces)
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
@@ -221,13 +221,13 @@ def why_one_by_one(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mappin
         fixed = poutine.Trace()  # all runs see the same subsample
         runs = []
         for _ in range(DRAWS):
-            runs.append(_run(model, guide, args, kwargs, fixed))
+            runs.append(run_once(model, guide, args, kwargs, fixed))
             for name, site in _sites(runs[-1]).items():
                 if name not in fixed and site_is_subsample(site):
                     fixed.add_node(name, **site)
         nesting = _nesting(runs[0])
         try:
-            together = _run(model, guide, args, kwargs, _stack(runs, fixed, nesting))
+            together = run_once(model, guide, args, kwargs, _stack(runs, fixed, nesting))
             each = [_log_probs(pair) for pair in runs]
             differing = [
                 name
@@ -239,7 +239,11 @@ def why_one_by_one(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mappin
     return f"other log-probabilities at {sorted(set(differing))}" if differing else ""
 
 
-def _run(model: Any, guide: Any, args: Any, kwargs: Any, given: poutine.Trace) -> tuple[poutine.Trace, poutine.Trace]:
+def run_once(
+    model: Any, guide: Any, args: Any, kwargs: Any, given: poutine.Trace | None = None
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """The traces of one ordinary run of guide and model, with log-probabilities. Sites in ``given`` take its values."""
+    given = poutine.Trace() if given is None else given
     guide_trace = poutine.trace(poutine.replay(guide, trace=given)).get_trace(*args, **kwargs)
     latent = given.copy()
     for name, site in guide_trace.nodes.items():

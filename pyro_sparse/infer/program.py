@@ -92,8 +92,8 @@ def _check_match(model_trace: Any, guide_trace: Any) -> None:
     for name, node in model_trace.nodes.items():
         if node["type"] == "sample" and not node["is_observed"] and name not in guide_trace.nodes:
             raise ValueError(
-                f"EstimatorELBO, site '{name}': expected every latent site of the model in the guide, got one in the model "
-                "only. Add it to the guide; to sum it out in the model, use SparseEnumELBO or TraceEnum_ELBO."
+                f"EstimatorELBO, site '{name}': expected every latent site of the model in the guide, got one in "
+                "the model only. Add it to the guide; to sum it out in the model, use SparseEnumELBO or TraceEnum_ELBO."
             )
 
 
@@ -137,8 +137,8 @@ def _analytic_kls(model_trace: Any, guide_trace: Any) -> dict[str, Tensor]:
     latent = [n for n in guide_trace.stochastic_nodes if n in model_trace.nodes]
     if latent != (order := [n for n in model_trace.stochastic_nodes if n in guide_trace.nodes]):
         raise ValueError(
-            f"EstimatorELBO: expected with analytic_kl=True the same order of sites in guide and model, got {latent} and "
-            f"{order}. Reorder them, or leave analytic_kl out."
+            f"EstimatorELBO: expected with analytic_kl=True the same order of sites in guide and model, got {latent} "
+            f"and {order}. Reorder them, or leave analytic_kl out."
         )
     kls = {}
     for name in latent:
@@ -191,7 +191,7 @@ def _branches_in_python(messenger: EstimatorMessenger, error: Exception) -> Valu
     ]
     where = "site " + " or ".join(several) if several else "vectorised particles"
     return ValueError(
-        f"EstimatorELBO, {where}: expected a program that runs on several values at once, got one that needs a single one "
-        f"({error}). Use torch.where in place of a Python branch, or ScoreFunction, LeaveOneOut(n, vectorized=False), or "
-        "Exact with infer={'enumerate': 'sequential'}."
+        f"EstimatorELBO, {where}: expected a program that runs on several values at once, got one that needs a single "
+        f"one ({error}). Use torch.where in place of a Python branch, or ScoreFunction, "
+        "LeaveOneOut(n, vectorized=False), or Exact with infer={'enumerate': 'sequential'}."
     )

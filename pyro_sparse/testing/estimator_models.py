@@ -181,7 +181,7 @@ def shared_latent(side: str, family: Family) -> None:
 def used_outside(side: str, family: Family) -> None:
     with pyro.plate("data", 2) as i:
         z = latent(side, "z", family, i)
-    observe(side, z.sum(-1))
+    observe(side, z.sum(-1, keepdim=True))
 
 
 def branch(side: str, family: Family) -> None:

@@ -1,0 +1,118 @@
+"""Mean, variance and bias of gradient estimates, accumulated in a stream."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+THRESHOLD = 3.0  # standard errors that make a bias; one-sided, so chance alone takes an unbiased estimator there in 1/740
+
+
+@dataclass(frozen=True)
+class Bias:
+    """An estimate of the bias, its standard error, and the norm of bias that would have shown."""
+
+    estimate: float
+    error: float
+    detectable: float
+
+
+class Moments:
+    """
+    Running moments of vectors :math:`g_i`, in float64. No vector is kept.
+
+    Args:
+        shift: a vector near the mean, which is subtracted so that squares keep their digits.
+    """
+
+    def __init__(self, shift: Tensor) -> None:
+        self.shift = shift.double()
+        self.count = 0
+        self.total = torch.zeros_like(self.shift)
+        self.squares: list[float] = []
+        self.first: Tensor | None = None  # the mean of the first half, once there is a second
+        self.first_count = 0
+        self.directions: Tensor | None = None
+        self.along: list[Tensor] = []
+
+    def add(self, gradient: Tensor) -> float:
+        """Adds one vector; returns its squared distance from the shift."""
+        gradient = gradient.double()
+        distance = gradient - self.shift
+        self.total += distance
+        self.count += 1
+        self.squares.append(float(distance.dot(distance)))
+        if self.directions is not None:
+            self.along.append(self.directions @ gradient)
+        return self.squares[-1]
+
+    def begin_second_half(self) -> None:
+        self.first, self.first_count = self.mean(), self.count
+
+    def mean(self) -> Tensor:
+        return self.shift + self.total / self.count
+
+    def second(self) -> Tensor:
+        """The mean of the second half."""
+        assert self.first is not None
+        return (self.count * self.mean() - self.first_count * self.first) / (self.count - self.first_count)
+
+    def variance(self) -> float:
+        """The trace of the covariance matrix."""
+        squares = math.fsum(self.squares) - float(self.total.dot(self.total)) / self.count
+        return max(squares, 0.0) / (self.count - 1)
+
+    def variance_error(self) -> float:
+        """The standard error of :meth:`variance`: the squared distances are an independent sample of it."""
+        return statistics.stdev(self.squares) / math.sqrt(self.count)
+
+
+def direction(moments: Moments, reference: Tensor) -> Tensor:
+    """The unit vector in which the first half erred; zero where it did not."""
+    assert moments.first is not None
+    error = moments.first - reference
+    return error / error.norm().clamp(min=torch.finfo(error.dtype).tiny)
+
+
+def bias_along(
+    moments: Moments, reference: Tensor | Moments, row: int, eps: float
+) -> Bias:
+    r"""
+    .. math:: \hat b = u^\top\,(\bar g_2 - \bar r_2), \qquad u = \frac{\bar g_1 - \bar r_1}{\|\bar g_1 - \bar r_1\|}
+
+    where :math:`\bar g_1, \bar g_2` are the means of the two halves of the draws. The direction u comes from the first
+    half, the test from the second, so :math:`\hat b` is a mean of independent scalars whose expectation is
+    :math:`u^\top b \le \|b\|`: zero for an unbiased estimator, in any dimension and for any covariance, and the norm of
+    the bias b once that stands out from the noise of the first half.
+
+    A bias of norm b is expected to give
+    :math:`b^2 / \sqrt{b^2 + \mathrm{tr}\,\Sigma_1}`, :math:`\Sigma_1` the covariance of :math:`\bar g_1 - \bar r_1`;
+    ``detectable`` is the norm at which that is three standard errors.
+
+    Args:
+        moments: those of the estimator, whose only direction is u.
+        reference: the exact gradient, or the moments of another estimator.
+        row: the row of u among the reference's directions.
+        eps: the rounding error of one number; differences of a hundred times as much are no bias.
+    """
+    along = [float(x[0]) for x in moments.along]
+    assert moments.directions is not None
+    estimate, variance = statistics.fmean(along), statistics.variance(along) / len(along)
+    noise = moments.variance() / moments.first_count
+    if isinstance(reference, Tensor):
+        estimate -= float(moments.directions[0] @ reference)
+        norm = float(reference.norm())
+    else:
+        theirs = [float(x[row]) for x in reference.along]
+        estimate -= statistics.fmean(theirs)
+        variance += statistics.variance(theirs) / len(theirs)
+        noise += reference.variance() / reference.first_count
+        norm = float(reference.mean().norm())
+    rounding = 100 * eps * max(norm, float(moments.mean().norm()))
+    error = math.hypot(math.sqrt(variance), rounding)
+    least = (THRESHOLD * error) ** 2
+    return Bias(estimate, error, math.sqrt((least + math.sqrt(least * (least + 4 * noise))) / 2))
