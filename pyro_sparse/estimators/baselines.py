@@ -47,15 +47,15 @@ class MovingAverage(Baseline):
         return self.mean[self._rows(plate)].reshape(site.batch_shape), 0.0
 
     def update(self, cost: Tensor, site: Site) -> None:
-        rows: Any = ...
-        average = cost.mean()
-        if self.num_data is not None:
-            plate = self._plate(site)
-            rows = self._rows(plate)
-            average = cost.movedim(plate.dim, -1).reshape(-1, plate.size).mean(0)
-        weight = self.beta * self.weight[rows] + (1 - self.beta)
-        self.mean[rows] = torch.lerp(self.mean[rows], average.to(self.mean), (1 - self.beta) / weight)
-        self.weight[rows] = weight
+        if self.num_data is None:
+            self.weight.mul_(self.beta).add_(1 - self.beta)
+            self.mean.lerp_(cost.mean().to(self.mean), (1 - self.beta) / self.weight)
+            return
+        plate = self._plate(site)
+        rows = self._rows(plate)
+        average = cost.movedim(plate.dim, -1).reshape(-1, plate.size).mean(0)
+        self.weight[rows] = self.beta * self.weight[rows] + (1 - self.beta)
+        self.mean[rows] = torch.lerp(self.mean[rows], average.to(self.mean), (1 - self.beta) / self.weight[rows])
 
     def _plate(self, site: Site) -> Plate:
         if len(site.plates) != 1 or site.plates[0].full_size != self.num_data:

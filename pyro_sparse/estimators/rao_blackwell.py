@@ -77,6 +77,7 @@ class RaoBlackwell(Estimator):
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         assert site.slots is not None
         weights, k = site.slots.log_weights.exp(), site.slots.num_enumerated
+        cost = cost.masked_fill(weights == 0, 0.0)  # infinite for an outcome that q rules out
         baseline: Tensor | float = 0.0
         if k < len(cost):
             enumerated = (weights * cost)[:k].sum(0)

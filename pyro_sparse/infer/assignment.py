@@ -104,10 +104,12 @@ class Assignment(nn.Module):
         self.entries = {name: _as_estimator(entry) for name, entry in entries.items()}
         self.sources: dict[str, Any] = {}
         self.sites = nn.ModuleDict()
-        shared = [id(entry) for entry in self.entries.values()]
         for name, entry in self.entries.items():
-            if name != "*" and shared.count(id(entry)) == 1:
+            if name != "*" and not _is_shared(name, self.entries):
                 self.sites[_key(name)] = entry
+        # Made once, and in containers because they are no submodules.
+        self._plain, self._exact = (ScoreFunction(),), (Exact(),)
+        self._pyro: dict[str, ScoreFunction] = {}  # those of infer["baseline"]
         self._warned: set[tuple[str, str]] = set()
 
     def find(self, msg: Any) -> Estimator | None:
@@ -115,6 +117,8 @@ class Assignment(nn.Module):
         asked = self._asked(msg)
         if asked is None:
             return None
+        if not isinstance(asked, Estimator | Baseline):
+            raise _no_estimator(f", site '{msg['name']}'", asked)
         self._keep(msg["name"], asked)
         served: Any = self.sites[_key(msg["name"])] if _key(msg["name"]) in self.sites else asked
         return _as_estimator(served)
@@ -133,30 +137,40 @@ class Assignment(nn.Module):
         if "enumerate" in infer and infer["enumerate"] is not None:
             if asked is not None and not isinstance(asked, Exact):
                 raise _two_mechanisms(name, "infer['enumerate']", type(asked).__name__)
-            return asked or Exact()
+            if "baseline" in infer:
+                raise _two_mechanisms(name, "infer['enumerate']", "infer['baseline']")
+            return asked or self._exact[0]
         if "baseline" in infer:
             if "estimator" in infer:
                 raise _two_mechanisms(name, "infer['estimator']", "infer['baseline']")
             if asked is None:
-                return self.sources.get(name) or ScoreFunction(PyroBaseline(name, infer["baseline"]))
+                if name not in self._pyro:
+                    self._pyro[name] = ScoreFunction(PyroBaseline(name, infer["baseline"]))
+                return self._pyro[name]
         asked = self.entries.get("*") if asked is None else asked
-        return ScoreFunction() if asked is None else asked
+        return self._plain[0] if asked is None else asked
 
     def _keep(self, name: str, asked: Any) -> None:
-        if name in self.sources and self.sources[name] is not asked:
-            if [*asked.parameters(), *asked.buffers()]:
-                raise ValueError(
-                    f"EstimatorELBO, site '{name}': expected the same estimator at every step, got a new {asked}, "
-                    "which would forget what it learned. Make it once, outside the guide."
-                )
+        """Remembers what a site asks for; what has no state may be another at every step."""
+        before = self.sources.get(name)
+        if before is asked:
+            return
+        if before is not None and (_state(before) or _state(asked)):
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected the same estimator at every step (and the one that its state "
+                f"was loaded into), got a new {asked}, which would forget what was learned. Make it once, outside the "
+                "guide; if the guide's infer names it, run the ELBO once before load_state_dict."
+            )
+        if _key(name) in self.sites and self.sites[_key(name)] is not asked:
+            del self.sites[_key(name)]
         self.sources[name] = asked
 
     def serve(self) -> None:
         """Gives each site found so far its own estimator; the same again for those that have one."""
-        used = [id(source) for source in self.sources.values()]
         for name, source in self.sources.items():
             if _key(name) not in self.sites:
-                self.sites[_key(name)] = _as_estimator(source if used.count(id(source)) == 1 else copy.deepcopy(source))
+                shared = _is_shared(name, self.sources)
+                self.sites[_key(name)] = _as_estimator(copy.deepcopy(source) if shared else source)
 
     def __getitem__(self, name: str) -> Estimator:
         estimator: Any = self.sites[_key(name)]
@@ -176,7 +190,8 @@ class Assignment(nn.Module):
         parameters = {}
         for key, estimator in self.sites.items():
             for name, parameter in estimator.named_parameters():
-                parameters[f"{PARAM_PREFIX}${_name(key)}${name}"] = parameter
+                if parameter.requires_grad:  # the store would train frozen ones
+                    parameters[f"{PARAM_PREFIX}${_name(key)}${name}"] = parameter
         for name, parameter in parameters.items():
             held = store._params.get(name)
             if held is not None and held is not parameter and not torch.equal(held, parameter):
@@ -192,15 +207,21 @@ class Assignment(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         keys = {k[len(prefix + "sites.") :].split(".")[0] for k in state_dict if k.startswith(prefix + "sites.")}
-        for key in sorted(keys - set(self.sites)):
-            source = self.entries.get(_name(key), self.entries.get("*"))
-            if source is None:
-                raise ValueError(
-                    f"EstimatorELBO, site '{_name(key)}': expected an entry or '*', got none to load its state into. "
-                    "If the estimator is named in the guide's infer, run the ELBO once before loading."
-                )
-            self.sites[key] = source if len(keys) == 1 else copy.deepcopy(source)
+        sources = {_name(key): self._source(_name(key)) for key in sorted(keys)}
+        for name, source in sources.items():
+            self.sources.setdefault(name, source)
+            if _key(name) not in self.sites:
+                self.sites[_key(name)] = copy.deepcopy(source) if _is_shared(name, sources) else source
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _source(self, name: str) -> Any:
+        source = self.sources.get(name, self.entries.get(name, self.entries.get("*")))
+        if source is None:
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected an entry or '*', got none to load its state into. "
+                "If the estimator is named in the guide's infer, run the ELBO once before load_state_dict."
+            )
+        return source
 
     def _warn_unread(self, msg: Any) -> None:
         name, infer = msg["name"], msg["infer"]
@@ -224,9 +245,24 @@ def _as_estimator(given: Any) -> Estimator:
         return given
     if given is None or isinstance(given, Baseline):
         return ScoreFunction(given)
-    raise TypeError(
-        f"EstimatorELBO: expected an Estimator, got {given!r}. Use one of pyro_sparse.estimators, or a subclass."
+    raise _no_estimator("", given)
+
+
+def _no_estimator(site: str, given: Any) -> TypeError:
+    return TypeError(
+        f"EstimatorELBO{site}: expected an Estimator, got {given!r}. Use one of pyro_sparse.estimators, or a subclass."
     )
+
+
+def _state(module: nn.Module) -> set[int]:
+    """What a module may learn, by identity."""
+    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+
+def _is_shared(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether one learns what another learns, as ``ScoreFunction(b)`` made twice from one b does."""
+    own = _state(modules[name])
+    return any(own & _state(module) for other, module in modules.items() if other != name)
 
 
 def _is_reparameterized(msg: Any) -> bool:
@@ -242,9 +278,9 @@ def _detach(value: Any) -> Any:
 
 
 def _key(name: str) -> str:
-    """A site's name as the name of a module, in which dots would be paths."""
-    return name.replace(".", "/")
+    """A site's name as that of a module: there dots are paths, and names such as ``type`` are taken."""
+    return "$" + name.replace("%", "%25").replace(".", "%2E")
 
 
 def _name(key: str) -> str:
-    return key.replace("/", ".")
+    return key[1:].replace("%2E", ".").replace("%25", "%")

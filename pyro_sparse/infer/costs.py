@@ -103,11 +103,12 @@ class Costs:
         """The attached terms, averaged and summed: what pathwise derivatives and the model's gradient come from."""
         return sum((self.average(term.path).sum() for term in self.terms if term.path is not None), 0.0)
 
-    def weight(self, dims: Collection[int]) -> Tensor | float:
-        """The product of the weights of some slot dims."""
-        weight: Tensor | float = 1.0
+    def weight(self, dims: Collection[int]) -> Tensor | None:
+        """The product of the weights of some slot dims; None without any."""
+        weight: Tensor | None = None
         for dim in dims:
-            weight = weight * self.slots[dim].weights
+            own = self.slots[dim].weights
+            weight = own if weight is None else weight * own
         return weight
 
 

@@ -32,26 +32,28 @@ class Dependencies:
     def __init__(self) -> None:
         self._known: dict[Any, dict[TermName, frozenset[str]]] = {}
 
-    def finder(
-        self, model: Any, guide: Any, args: Any, kwargs: Any, subsamples: Mapping[str, Tensor]
-    ) -> Callable[[Any, Any], Mapping[TermName, frozenset[str]]]:
-        """A function of a run's traces; ``guide`` and ``model`` without the messengers that drew them."""
+    def find(
+        self, program: Any, model_trace: Any, guide_trace: Any, subsamples: Mapping[str, Tensor]
+    ) -> Mapping[TermName, frozenset[str]]:
+        """
+        For each term the sites that it depends on.
 
-        def find(model_trace: Any, guide_trace: Any) -> Mapping[TermName, frozenset[str]]:
-            structure = (tuple(guide_trace.nodes), tuple(model_trace.nodes))
-            if structure not in self._known:
+        Args:
+            program: the :class:`~pyro_sparse.infer.program.Program` of whose run these are the traces.
+            subsamples: the indices that its plates had.
+        """
+        structure = (tuple(guide_trace.nodes), tuple(model_trace.nodes))
+        if structure not in self._known:
 
-                def run(trace: Any, track: Messenger | None = None) -> dict[TermName, Tensor]:
-                    with undisturbed(), poutine.block(), _Plates(subsamples), track or nullcontext():
-                        return _log_probs(model, guide, args, kwargs, trace)
+            def run(trace: Any, track: Messenger | None = None) -> dict[TermName, Tensor]:
+                with undisturbed(), poutine.block(), _Plates(subsamples), track or nullcontext():
+                    return _log_probs(program.model, program.guide, program.args, program.kwargs, trace)
 
-                terms = run(guide_trace, TrackNonReparam())
-                found = {name: frozenset(get_provenance(value)) for name, value in terms.items()}
-                _check(found, guide_trace, run)
-                self._known[structure] = found
-            return self._known[structure]
-
-        return find
+            terms = run(guide_trace, TrackNonReparam())
+            found = {name: frozenset(get_provenance(value)) for name, value in terms.items()}
+            _check(found, guide_trace, run)
+            self._known[structure] = found
+        return self._known[structure]
 
 
 class _Plates(Messenger):
@@ -102,5 +104,5 @@ def _check(found: Mapping[TermName, frozenset[str]], guide_trace: Any, run: Call
 def _lost(site: str, what: str) -> ValueError:
     return ValueError(
         f"EstimatorELBO, site '{site}': expected for costs='graph' a program of tensor operations, got {what}. "
-        "Something leaves torch: .item(), a Python branch, an in-place write. Use costs='plates', which is always right."
+        "Something leaves torch: .item(), a Python branch, an in-place write. Use costs='plates', always right."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.infer.util import torch_item
+from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
@@ -21,8 +23,7 @@ from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.dependencies import Dependencies
-from pyro_sparse.infer.estimator_messenger import EstimatorMessenger
-from pyro_sparse.infer.program import Run, ScoreSite, run_program
+from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.undisturbed import undisturbed
 
 COSTS = ("plates", "graph")
@@ -86,6 +87,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
+        self._sequential = False  # whether infer asked for sequential enumeration so far
         self._dependencies = Dependencies()
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
@@ -188,39 +190,51 @@ class EstimatorELBO(ELBO, nn.Module):
         """Learns the plates and sites of a program, from a run that leaves no trace."""
         store = pyro.get_param_store()
         known = set(store.keys())
-        with undisturbed():
-            messenger = self._messenger(args, kwargs, kind="probe")
-            with poutine.block(), messenger:
-                trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            found = messenger.estimators
-            self.assignment.check_names({n for n in trace.stochastic_nodes if n not in messenger.subsamples})
-            self._set_particles(found)
-            slots = any(e.draws_slots for e in found.values())
-            if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
-        for name in (
-            set(store.keys()) - known
-        ):  # to be initialised again, by the random numbers that Trace_ELBO would use
-            del store[name]
+        try:
+            with undisturbed():
+                with poutine.block():
+                    trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+                found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
+                self.assignment.check_names(set(found))
+                self._set_particles({name: e for name, e in found.items() if e is not None})
+                slots = any(e is not None and e.draws_slots for e in found.values())
+                if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
+                    self._guess_max_plate_nesting(model, guide, args, kwargs)
+        finally:
+            for name in set(store.keys()) - known:
+                del store[name]  # to be initialised again, by the random numbers that Trace_ELBO would use
         self.assignment.serve()
         self._ready = True
 
-    def _messenger(self, args: Any, kwargs: Any, **rerun: Any) -> EstimatorMessenger:
-        return EstimatorMessenger(self.assignment.find, self.max_plate_nesting, args, kwargs, **rerun)
-
-    def _particle(self, model: Any, guide: Any, args: Any, kwargs: Any, **rerun: Any) -> Iterator[Run]:
+    def _particle(
+        self,
+        model: Any,
+        guide: Any,
+        args: Any,
+        kwargs: Any,
+        kind: str = "draw",
+        subsamples: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[Run]:
         """One run, or one for each outcome of the sites enumerated sequentially."""
         if self.vectorize_particles:
             guide, model = self._vectorized_num_particles(guide), self._vectorized_num_particles(model)
-        messenger, upstream = self._messenger(args, kwargs, **rerun), None
+        program = Program(model, guide, args, kwargs, self.assignment.find, self.max_plate_nesting, self.analytic_kl)
         if self.costs == "graph":
-            upstream = self._dependencies.finder(model, guide, args, kwargs, messenger.subsamples)
+            program.depends = self._dependencies
+        if not self._sequential:
+            run = program.run(kind, subsamples)
+            self.assignment.serve()
+            if not run.has_sequential:
+                yield run
+                return
+            self._sequential = True  # that run drew what is to be enumerated: it does not count
         q: queue.LifoQueue[Any] = queue.LifoQueue()
         q.put(poutine.Trace())
-        guide = poutine.queue(messenger(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
+        queued = functools.partial(
+            poutine.queue, queue=q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
+        )
         while not q.empty():
-            messenger.estimators = {}
-            yield run_program(guide, model, args, kwargs, messenger, self.max_plate_nesting, self.analytic_kl, upstream)
+            yield program.run(kind, subsamples, queued)
             self.assignment.serve()
 
     # Estimates
@@ -228,7 +242,7 @@ class EstimatorELBO(ELBO, nn.Module):
     def _group_loss(self, group: list[Run]) -> Tensor:
         if self._vimco is not None:
             return -importance_bound(self._vimco, group[0], self._particle_dim)[0]
-        elbos = [run.weight() * run.elbo() for run in group]
+        elbos = [run.weighted(run.elbo()) for run in group]
         return -sum(elbos[1:], elbos[0]) / self.num_particles
 
     @property
@@ -246,8 +260,7 @@ class EstimatorELBO(ELBO, nn.Module):
         def rerun(kind: str) -> list[Run]:
             if kind not in reruns:
                 with torch.no_grad():
-                    subsamples = group[0].subsamples
-                    reruns[kind] = list(self._particle(model, guide, args, kwargs, subsamples=subsamples, kind=kind))
+                    reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].subsamples))
             return reruns[kind]
 
         total, updates = torch.zeros(()), []
@@ -256,10 +269,11 @@ class EstimatorELBO(ELBO, nn.Module):
             for score in run.scores:
                 score.site.rerun = lambda kind, score=score: score.average_cost(rerun(kind))
                 term, loss, update = self._score_term(score, run, group)
+                score.site.rerun = None  # it holds the site: a cycle would keep the step's tensors alive
                 surrogate, losses = surrogate + term, losses + loss
                 updates.append(update)
             if run.log_weight is not None:
-                surrogate = run.weight() * (surrogate + run.elbo() * run.log_weight)
+                surrogate = run.weighted(surrogate + run.elbo() * run.log_weight)
             total = total - surrogate + losses
         return total / self.num_particles, updates
 
@@ -272,10 +286,12 @@ class EstimatorELBO(ELBO, nn.Module):
             cost = torch.stack(torch.broadcast_tensors(*(score.cost(other) for other in group)))
             own = torch.tensor([other is run for other in group], device=cost.device)
             log_prob = torch.where(own.reshape(own.shape + (1,) * (cost.dim() - 1)), log_prob, 0.0)
-        weight = torch.as_tensor(run.costs.weight(score.dims - {score.own_dim}), dtype=cost.dtype, device=cost.device)
-        cost, log_prob, weight = torch.broadcast_tensors(cost, log_prob, weight)
+        cost, log_prob = torch.broadcast_tensors(cost, log_prob)
+        weight = run.costs.weight(score.dims - {score.own_dim})
         if estimator.num_particles > 1 and not self._joint:
-            cost, log_prob, weight = (x.movedim(self._particle_dim, 0) for x in (cost, log_prob, weight))
+            cost, log_prob = cost.movedim(self._particle_dim, 0), log_prob.movedim(self._particle_dim, 0)
+            if weight is not None:
+                weight = weight.expand_as(log_prob.movedim(0, self._particle_dim)).movedim(self._particle_dim, 0)
         site.log_prob = log_prob
         value, loss = estimator(cost, site)
         if log_prob.requires_grad and not value.requires_grad:
@@ -283,7 +299,8 @@ class EstimatorELBO(ELBO, nn.Module):
                 f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__} to return a surrogate "
                 "attached to log_prob, got a detached tensor. Multiply the (detached) coefficients by site.log_prob."
             )
-        return (weight * value).sum() * score.scale, loss, lambda: estimator.update(cost, site)
+        value = value if weight is None else weight * value
+        return value.sum() * score.scale, loss, lambda: estimator.update(cost, site)
 
 
 class BaselineELBO(EstimatorELBO):

@@ -30,7 +30,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         nesting: dims to the left of it belong to slots; infinite where no site may have any.
         args, kwargs: the guide's arguments, which baselines may see.
         subsamples: the indices that plates are to reuse.
-        kind: "draw"; "mode" puts each score-function site without slots at its mode; "probe" draws no slots.
+        kind: "mode" puts each score-function site without slots at its mode.
     """
 
     owner = "EstimatorELBO"
@@ -50,7 +50,6 @@ class EstimatorMessenger(SparseEnumMessenger):
         self.args, self.kwargs = args, kwargs
         self.fixed = dict(subsamples or {})
         self.kind = kind
-        self.subsamples: dict[str, Tensor] = {}
         self.estimators: dict[str, Estimator] = {}
         self.slots: dict[str, Slots] = {}
 
@@ -63,7 +62,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         if estimator is None:
             return
         self.estimators[msg["name"]] = estimator
-        if estimator.draws_slots and self.kind != "probe":
+        if estimator.draws_slots:
             self._lay_out_slots(msg, estimator)
         elif self.kind == "mode":
             msg["value"] = mode(msg["fn"])
@@ -78,35 +77,27 @@ class EstimatorMessenger(SparseEnumMessenger):
                 "got one. Use SparseEnumELBO or TraceEnum_ELBO, which recycle its dims, or LeaveOneOut."
             )
         if not isinstance(estimator, Exact):
-            slots = estimator.draw(self.site(msg))
+            slots = estimator.draw(self._site(msg))
             msg["fn"] = _with_values(msg["fn"], slots.values)
         else:
-            require_outcomes("Exact", self.site(msg))
-        msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+            require_outcomes("Exact", self._site(msg))
+        # Without the options that would make the stock messenger sample.
+        infer = {key: value for key, value in msg["infer"].items() if key not in ("num_samples", "tmc")}
+        msg["infer"] = {**infer, "enumerate": "parallel"}
         super()._pyro_sample(msg)
         if not isinstance(estimator, Exact):
             dim = msg["infer"]["_enumerate_dim"]
             self.slots[name] = slots._replace(log_weights=_spread(slots.log_weights, -dim), values=msg["value"])
 
+    def _site(self, msg: Any) -> Site:
+        return Site(msg["name"], msg["fn"], data_plates(msg["cond_indep_stack"], {}), self.args, self.kwargs)
+
     def _enumerates(self, msg: Any) -> bool:
         return isinstance(self.estimators[msg["name"]], Exact) and super()._enumerates(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], _Subsample):
-            self.subsamples[msg["name"]] = msg["value"]
-        elif "_enumerate_dim" in msg["infer"]:
+        if "_enumerate_dim" in msg["infer"]:
             super()._pyro_post_sample(msg)
-
-    def site(self, msg: Any) -> Site:
-        """What estimators and baselines may know of a site."""
-        return Site(
-            msg["name"],
-            msg["fn"],
-            plates=data_plates(msg["cond_indep_stack"], self.subsamples),
-            args=self.args,
-            kwargs=self.kwargs,
-            options=msg["infer"].get("baseline", {}),
-        )
 
 
 def data_plates(frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor]) -> tuple[Plate, ...]:

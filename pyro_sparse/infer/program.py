@@ -7,19 +7,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer.enum import get_importance_trace
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_sparse.estimators import Estimator, Site
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, Term, subsampling_scale
-from pyro_sparse.infer.estimator_messenger import EstimatorMessenger
+from pyro_sparse.infer.dependencies import Dependencies
+from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, data_plates
 
 _BRANCHES = re.compile(
-    "Boolean value of Tensor with more than one value|cannot be converted to Scalar|only integer tens"
+    "Boolean value of Tensor with more than one value|cannot be converted to Scalar|only integer tensors of a single"
 )
-Upstream = Callable[[Any, Any], Mapping[tuple[str, str], frozenset[str]]]
 
 
 @dataclass
@@ -35,12 +38,15 @@ class ScoreSite:
 
     def cost(self, run: Run) -> Tensor:
         """Its cost, unscaled: one for each element of its plates, each slot of its own and of those it depends on."""
-        return run.costs.at(self.frames, self.dims, self.site.name) / self.scale
+        return self._unscaled(run.costs.at(self.frames, self.dims, self.site.name))
 
     def average_cost(self, runs: list[Run]) -> Tensor:
         """The same in a run on the side (one run for each sequential outcome), averaged over all slots."""
-        costs = [run.weight() * run.costs.at(self.frames, (), self.site.name) / self.scale for run in runs]
+        costs = [run.weighted(self._unscaled(run.costs.at(self.frames, (), self.site.name))) for run in runs]
         return sum(costs[1:], costs[0])
+
+    def _unscaled(self, cost: Tensor) -> Tensor:
+        return cost if self.scale == 1.0 else cost / self.scale
 
 
 @dataclass
@@ -51,72 +57,134 @@ class Run:
     scores: list[ScoreSite]
     log_weight: Tensor | None  # attached; None without sequential enumeration
     subsamples: Mapping[str, Tensor]
-    model_trace: Any
     guide_trace: Any
 
     def elbo(self) -> Tensor:
         """The run's estimate of the ELBO, detached."""
         return self.costs.at(())
 
-    def weight(self) -> Tensor | float:
-        """The probability of the sequentially enumerated outcomes, detached."""
-        return 1.0 if self.log_weight is None else self.log_weight.detach().exp()
+    def weighted(self, value: Tensor) -> Tensor:
+        """Times the probability of the sequentially enumerated outcomes, detached."""
+        return value if self.log_weight is None else self.log_weight.detach().exp() * value
+
+    @property
+    def has_sequential(self) -> bool:
+        """Whether a site asks for sequential enumeration."""
+        nodes = self.guide_trace.nodes.values()
+        return any(node["type"] == "sample" and node["infer"].get("enumerate") == "sequential" for node in nodes)
 
 
-def run_program(
-    guide: Any,
-    model: Any,
-    args: Any,
-    kwargs: Any,
-    messenger: EstimatorMessenger,
-    nesting: float,
-    analytic_kl: bool,
-    upstream: Upstream | None,
-) -> Run:
-    """Runs the guide (already under the messenger) and the model, and reads their traces."""
-    try:
-        model_trace, guide_trace = get_importance_trace("flat", nesting, model, guide, args, kwargs)
-    except (RuntimeError, TypeError) as error:
-        if _BRANCHES.search(str(error)):
-            raise _branches_in_python(messenger, error) from error
-        raise
-    _check_match(model_trace, guide_trace)
-    slots = _slot_dims(guide_trace, messenger)
-    depends = upstream(model_trace, guide_trace) if upstream is not None else {}
-    costs = Costs(_terms(model_trace, guide_trace, analytic_kl, depends), slots)
-    scores, log_weight = _score_sites(guide_trace, messenger, costs)
-    return Run(costs, scores, log_weight, messenger.subsamples, model_trace, guide_trace)
+@dataclass
+class Program:
+    """
+    A guide and a model with their arguments.
+
+    Attributes:
+        find: gives the estimator of a sample site, None for reparameterised ones.
+        nesting: dims to the left of it belong to slots.
+        depends: finds which terms depend on which draws; None to let all depend on all.
+    """
+
+    model: Any
+    guide: Any
+    args: Any
+    kwargs: Any
+    find: Callable[[Any], Estimator | None]
+    nesting: float
+    analytic_kl: bool = False
+    depends: Dependencies | None = None
+
+    def run(
+        self,
+        kind: str = "draw",
+        subsamples: Mapping[str, Tensor] | None = None,
+        wrap: Callable[[Any], Any] | None = None,
+    ) -> Run:
+        """
+        Runs the guide, then the model on its values.
+
+        Args:
+            kind: "draw"; "mode" puts each score-function site without slots at its mode; "sample" as "draw".
+            subsamples: the indices that plates are to reuse.
+            wrap: goes around the guide, outside of what draws the slots.
+        """
+        messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind)
+        guide = messenger(self.guide) if self.nesting != float("inf") or kind != "draw" else self.guide
+        guide = guide if wrap is None else wrap(guide)
+        try:
+            guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            model = poutine.replay(self.model, trace=guide_trace)
+            model_trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        except (RuntimeError, TypeError) as error:
+            if _BRANCHES.search(str(error)):
+                raise _branches_in_python(messenger, error) from error
+            raise
+        drawn = {name: node["value"] for name, node in guide_trace.nodes.items() if site_is_subsample(node)}
+        return self._read(*_log_probs(model_trace, guide_trace, self.nesting), messenger, drawn)
+
+    def _read(self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger, subsamples: Any) -> Run:
+        depends = {} if self.depends is None else self.depends.find(self, model_trace, guide_trace, subsamples)
+        slots, scores = {}, []
+        log_weight: Tensor | None = None
+        for name in guide_trace.stochastic_nodes:
+            node = guide_trace.nodes[name]
+            log_prob, dim = node["score_parts"].score_function, node["infer"].get("_enumerate_dim")
+            estimator = messenger.estimators.get(name) or self.find(node)
+            if estimator is None or is_identically_zero(log_prob):
+                continue
+            if dim is not None:
+                laid_out = messenger.slots.get(name)
+                log_weights = log_prob.detach() if laid_out is None else laid_out.log_weights
+                slots[dim] = SlotDim(name, _vectorized(node), log_weights.exp())
+            if node["infer"].get("_enum_total") is not None:
+                _refuse_vectorized(node)
+                log_weight = log_prob if log_weight is None else log_weight + log_prob
+                continue
+            frames = node["cond_indep_stack"]
+            site = Site(name, node["fn"], data_plates(frames, subsamples), self.args, self.kwargs, log_prob)
+            site.slots, site.options = messenger.slots.get(name), node["infer"].get("baseline", {})
+            dims = frozenset() if dim is None else frozenset([dim])
+            scores.append(ScoreSite(site, estimator, frames, dims, dim, subsampling_scale(frames)))
+        costs = Costs(_terms(model_trace, guide_trace, self.analytic_kl, depends, slots), slots)
+        for score in scores:
+            score.dims |= costs.slot_dims(score.site.log_prob)
+        return Run(costs, scores, log_weight, subsamples, guide_trace)
 
 
-def _check_match(model_trace: Any, guide_trace: Any) -> None:
+def _log_probs(model_trace: Any, guide_trace: Any, nesting: float) -> tuple[Any, Any]:
+    """As :func:`pyro.infer.enum.get_importance_trace` once the programs have run."""
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, nesting)
+    guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
     for name, node in model_trace.nodes.items():
         if node["type"] == "sample" and not node["is_observed"] and name not in guide_trace.nodes:
             raise ValueError(
                 f"EstimatorELBO, site '{name}': expected every latent site of the model in the guide, got one in "
                 "the model only. Add it to the guide; to sum it out in the model, use SparseEnumELBO or TraceEnum_ELBO."
             )
-
-
-def _slot_dims(guide_trace: Any, messenger: EstimatorMessenger) -> dict[int, SlotDim]:
-    slots = {}
-    for name in messenger.estimators:
-        node = guide_trace.nodes[name]
-        if (dim := node["infer"].get("_enumerate_dim")) is not None:
-            drawn = messenger.slots.get(name)
-            log_weights = node["score_parts"].score_function.detach() if drawn is None else drawn.log_weights
-            slots[dim] = SlotDim(name, _vectorized(node), log_weights.exp())
-    return slots
+    model_trace.compute_log_prob()
+    guide_trace.compute_score_parts()
+    if is_validation_enabled():
+        for node in [*model_trace.nodes.values(), *guide_trace.nodes.values()]:
+            if node["type"] == "sample":
+                check_site_shape(node, nesting)  # type: ignore[arg-type]
+    return model_trace, guide_trace
 
 
 def _terms(
-    model_trace: Any, guide_trace: Any, analytic_kl: bool, depends: Mapping[tuple[str, str], frozenset[str]]
+    model_trace: Any,
+    guide_trace: Any,
+    analytic_kl: bool,
+    depends: Mapping[tuple[str, str], frozenset[str]],
+    slots: Mapping[int, SlotDim],
 ) -> list[Term]:
     kls = _analytic_kls(model_trace, guide_trace) if analytic_kl else {}
     terms = []
     for name, node in model_trace.nodes.items():
         if node["type"] == "sample" and name not in kls:
             value = node["log_prob"]
-            terms.append(Term(name, value, _vectorized(node), value, depends.get(("model", name))))
+            path = value if slots else node["log_prob_sum"]
+            terms.append(Term(name, value, _vectorized(node), path, depends.get(("model", name))))
     earlier: set[str] = set()
     for name, node in guide_trace.nodes.items():
         if node["type"] != "sample":
@@ -151,32 +219,12 @@ def _analytic_kls(model_trace: Any, guide_trace: Any) -> dict[str, Tensor]:
     return kls
 
 
-def _score_sites(
-    guide_trace: Any, messenger: EstimatorMessenger, costs: Costs
-) -> tuple[list[ScoreSite], Tensor | None]:
-    scores: list[ScoreSite] = []
-    log_weight: Tensor | None = None
-    for name, estimator in messenger.estimators.items():
-        node = guide_trace.nodes[name]
-        log_prob = node["score_parts"].score_function
-        if is_identically_zero(log_prob):
-            continue
-        if node["infer"].get("_enum_total") is not None:
-            if _vectorized(node):
-                raise ValueError(
-                    f"EstimatorELBO, site '{name}': expected sequential enumeration outside of vectorised plates, got "
-                    "one inside. Use Exact(), which enumerates in parallel, or one particle at a time."
-                )
-            log_weight = log_prob if log_weight is None else log_weight + log_prob
-            continue
-        site = messenger.site(node)
-        site.log_prob = log_prob
-        own_dim = node["infer"].get("_enumerate_dim")
-        site.slots = messenger.slots.get(name)
-        frames = node["cond_indep_stack"]
-        dims = costs.slot_dims(log_prob) | ({own_dim} if own_dim is not None else set())
-        scores.append(ScoreSite(site, estimator, frames, dims, own_dim, subsampling_scale(frames)))
-    return scores, log_weight
+def _refuse_vectorized(node: Any) -> None:
+    if _vectorized(node):
+        raise ValueError(
+            f"EstimatorELBO, site '{node['name']}': expected sequential enumeration outside of vectorised plates, got "
+            "one inside. Use Exact(), which enumerates in parallel, or one particle at a time."
+        )
 
 
 def _vectorized(node: Any) -> frozenset[Frame]:
