@@ -201,8 +201,10 @@ class Scaled(Baseline):
         value, loss = self.baseline(cost, site)
         site.memo[self] = value = value.detach()
         mean, center, covariance, variance = self.moments
-        slope = covariance / torch.where(variance > 0, variance, 1.0)
-        return torch.where(variance > 0, mean + slope * (value - center), value), loss
+        # A constant's variance is that of rounding, and its covariance too: their ratio would be noise.
+        varies = variance > (100 * torch.finfo(value.dtype).eps * center).square()
+        slope = covariance / torch.where(varies, variance, 1.0)
+        return torch.where(varies, mean + slope * (value - center), value), loss
 
     def update(self, cost: Tensor, site: Site) -> None:
         value = site.memo[self].expand_as(cost)

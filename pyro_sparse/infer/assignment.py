@@ -181,7 +181,7 @@ class Assignment(nn.Module):
         if unknown := set(self.entries) - names - {"*"}:
             raise ValueError(
                 f"EstimatorELBO: expected entries for the guide's sites {sorted(names)} or '*', got {sorted(unknown)}. "
-                "Correct the name."
+                "Correct the name; a site that not every run reaches names its estimator in infer."
             )
 
     def register(self) -> None:

@@ -57,7 +57,7 @@ class Costs:
             self._check_plates(term)
         groups: dict[Any, Tensor] = {}
         for term in self.terms:
-            value = term.value.detach()
+            value = self.mask(term.value.detach())
             key = (term.frames, self.slot_dims(value), term.upstream)
             groups[key] = groups[key] + value if key in groups else value
         self._groups = groups
@@ -77,10 +77,16 @@ class Costs:
         return frozenset(dim for dim in self.slots if value.dim() >= -dim and value.shape[dim] > 1)
 
     def average(self, value: Tensor, keep: Collection[int] = ()) -> Tensor:
-        """The weighted mean over all slot dims but those to keep, last site first; without the slots of weight zero."""
+        """The weighted mean of a masked tensor over all slot dims but those to keep, last site first."""
         for dim, slot in self.slots.items():
             if dim not in keep and value.dim() >= -dim and value.shape[dim] > 1:
-                value = torch.where(slot.weights > 0, value * slot.weights, 0.0).sum(dim, keepdim=True)
+                value = (value * slot.weights).sum(dim, keepdim=True)
+        return value
+
+    def mask(self, value: Tensor) -> Tensor:
+        """Zero at slots of weight zero, whatever the value and its gradient there: log 0, say."""
+        for dim in self.slot_dims(value):
+            value = torch.where(self.slots[dim].weights > 0, value, 0.0)
         return value
 
     def at(self, frames: Collection[Frame], keep: Collection[int] = (), site: str | None = None) -> Tensor:
@@ -101,7 +107,8 @@ class Costs:
 
     def path(self) -> Tensor | float:
         """The attached terms, averaged and summed: what pathwise derivatives and the model's gradient come from."""
-        return sum((self.average(term.path).sum() for term in self.terms if term.path is not None), 0.0)
+        paths = [term.path for term in self.terms if term.path is not None]
+        return sum((self.average(self.mask(path)).sum() for path in paths), 0.0)
 
     def weight(self, dims: Collection[int]) -> Tensor | None:
         """The product of the weights of some slot dims; None without any."""

@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyro_sparse.estimators.base import lists_outcomes
 from pyro_sparse.infer.undisturbed import undisturbed
 
 TermName = tuple[str, str]  # "model" or "guide", and the site
@@ -49,7 +50,8 @@ class Dependencies:
                 with undisturbed(), poutine.block(), _Plates(subsamples), track or nullcontext():
                     return _log_probs(program.model, program.guide, program.args, program.kwargs, trace)
 
-            terms = run(guide_trace, TrackNonReparam())
+            # Drawn anew, not replayed: a draw carries the provenance of its distribution's parameters.
+            terms = run(poutine.Trace(), TrackNonReparam())
             found = {name: frozenset(get_provenance(value)) for name, value in terms.items()}
             _check(found, guide_trace, run)
             self._known[structure] = found
@@ -83,22 +85,31 @@ def _log_probs(model: Any, guide: Any, args: Any, kwargs: Any, trace: Any) -> di
 def _check(found: Mapping[TermName, frozenset[str]], guide_trace: Any, run: Callable[[Any], Any]) -> None:
     """Draws each site again, the others as they are: no term may change that does not depend on it."""
     before = run(guide_trace)
+    if set(before) != set(found):
+        raise _lost(sorted({name for _, name in set(before) ^ set(found)})[0], "it in some runs only")
     for site in guide_trace.stochastic_nodes:
         node = guide_trace.nodes[site]
         if getattr(node["fn"], "has_rsample", False):
             continue
-        for shift in range(1, TRIES + 1):
-            dim = node["infer"].get("_enumerate_dim")
-            with undisturbed():
-                value = node["fn"].sample() if dim is None else node["value"].roll(shift, 0)
+        for value in _other_draws(node):
             changed = guide_trace.copy()
             changed.nodes[site] = {**node, "value": value}
             after = run(changed)
             if set(after) != set(before):
                 raise _lost(site, f"other sites {sorted({name for _, name in set(after) ^ set(before)})}")
-            for term, value in before.items():
-                if site not in found[term] and not torch.equal(value, after[term]):
+            for term, log_prob in before.items():
+                if site not in found[term] and not torch.equal(log_prob, after[term]):
                     raise _lost(site, f"a change in the {term[0]}'s '{term[1]}', which provenance did not find")
+
+
+def _other_draws(node: Any) -> list[Tensor]:
+    fn, value = node["fn"], node["value"]
+    if node["infer"].get("_enumerate_dim") is not None:
+        return [value.roll(1, 0)]
+    if lists_outcomes(fn):
+        return list(fn.enumerate_support(expand=True)[:TRIES])
+    with undisturbed():
+        return [fn.sample() for _ in range(TRIES)]
 
 
 def _lost(site: str, what: str) -> ValueError:

@@ -328,10 +328,16 @@ class _Module(ELBOModule):
             self._checked = True
             held = {id(parameter) for parameter in self.parameters()}
             nodes = captured.trace.nodes.items()
-            if missing := [n for n, node in nodes if id(node["value"].unconstrained()) not in held]:  # type: ignore
+            if missing := [name for name, node in nodes if id(_parameter(node["value"])) not in held]:
                 warnings.warn(
                     "EstimatorELBO: expected model and guide to be modules that hold their parameters, got functions "
                     f"with {missing} in Pyro's param store. Give those to your optimiser too.",
                     stacklevel=3,
                 )
         return loss
+
+
+def _parameter(value: Any) -> Any:
+    """The parameter behind the value of a ``pyro.param``, which may be constrained, subsampled or a module's own."""
+    value = getattr(value, "_pyro_unconstrained_param", value)
+    return value.unconstrained() if hasattr(value, "unconstrained") else value

@@ -240,6 +240,6 @@ def _branches_in_python(messenger: EstimatorMessenger, error: Exception) -> Valu
     where = "site " + " or ".join(several) if several else "vectorised particles"
     return ValueError(
         f"EstimatorELBO, {where}: expected a program that runs on several values at once, got one that needs a single "
-        f"one ({error}). Use torch.where in place of a Python branch, or ScoreFunction, "
+        f"one ({str(error).splitlines()[0]}). Use torch.where in place of a Python branch, or ScoreFunction, "
         "LeaveOneOut(n, vectorized=False), or Exact with infer={'enumerate': 'sequential'}."
     )
