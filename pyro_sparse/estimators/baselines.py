@@ -88,7 +88,8 @@ class NeuralBaseline(Baseline):
     r"""
     A network b(x), trained by gradients of :math:`(f - b(x))^2`.
 
-    **Bias:** none: it does not see z. **Extra model evaluations:** none, but its own. Centre it by
+    **Bias:** none: it does not see z. **Extra model evaluations:** none, but its own. The check for NaN waits for the
+    device. Centre it by
     ``Sum(MovingAverage(), NeuralBaseline(net))``: it then learns differences only.
 
     Args:

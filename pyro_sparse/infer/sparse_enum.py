@@ -75,7 +75,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self.max_support = max_support
         self._ratios: dict[str, float] | None = None  # counted before the first step, in mode "auto"
         self._record: StepRecord | None = None
-        self._warned = False
+        self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
     @property
     def last_stats(self) -> SupportStats | None:
@@ -134,6 +134,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         model = model_enum(model)
         while not q.empty():
             model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
+            self._warn_unread_options(guide_trace)
             sites = {**guide_enum.sites, **model_enum.sites}
             if not sites:
                 self._warn_no_sparse_site(guide_trace)
@@ -151,14 +152,26 @@ class SparseEnumELBO(TraceEnum_ELBO):
         return model_trace, guide_trace
 
     def _warn_no_sparse_site(self, guide_trace: poutine.Trace) -> None:
-        if self._warned or not self.strict_enumeration_warning:
+        if "" in self._warned or not self.strict_enumeration_warning:
             return
-        self._warned = True
+        self._warned.add("")
         warnings.warn(
             f"SparseEnumELBO: expected a guide site with a sparse support, got sites {guide_trace.stochastic_nodes}. "
             "It goes on as TraceEnum_ELBO. Use pyro_sparse.distributions.SparseCategorical, or another ELBO.",
             stacklevel=2,
         )
+
+    def _warn_unread_options(self, guide_trace: poutine.Trace) -> None:
+        for name in guide_trace.stochastic_nodes:
+            infer = guide_trace.nodes[name]["infer"] or {}
+            unread = [option for option in ("estimator", "baseline") if option in infer]
+            if unread and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"SparseEnumELBO, site '{name}': infer['{unread[0]}'] is not read here, but by EstimatorELBO. Use "
+                    "that, with Exact() for the sites to be enumerated, or remove it.",
+                    stacklevel=2,
+                )
 
     def compute_marginals(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As :meth:`pyro.infer.TraceEnum_ELBO.compute_marginals`, over all K outcomes of a sparse prior."""

@@ -60,6 +60,20 @@ def assert_same(got: tuple[float, list[Tensor]], expected: tuple[float, list[Ten
 # What it reports
 
 
+def test_options_of_other_elbos_are_not_ignored_in_silence() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Categorical(logits=torch.zeros(3)))
+
+    def guide() -> None:
+        scores = torch.tensor([1.0, 0.8, -2.0])
+        pyro.sample("z", sdist.SparseCategorical(scores), infer={"baseline": {"use_decaying_avg_baseline": True}})
+
+    elbo = SparseEnumELBO()
+    with pytest.warns(UserWarning, match=r"site 'z': infer\['baseline'\] is not read here, but by EstimatorELBO"):
+        elbo.loss(model, guide)
+    elbo.loss(model, guide)  # once
+
+
 def test_last_stats_counts_supports_and_rows() -> None:
     mixture = Mixture()
     elbo = SparseEnumELBO(max_plate_nesting=1)
