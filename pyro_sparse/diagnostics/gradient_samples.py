@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_sparse.diagnostics.gradient_moments import Moments
+from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import PARAM_PREFIX
-from pyro_sparse.infer.exact import run_once, unchanged_random_state
+from pyro_sparse.infer.estimator_elbo import EstimatorELBO
+from pyro_sparse.infer.exact import run_once
+from pyro_sparse.infer.undisturbed import undisturbed
 
 PLAIN_RUNS = 10  # in which the guide's parameters are found
 
@@ -117,18 +121,29 @@ class Sampler:
 
     def __init__(self, name: str, elbo: ELBO, program: Program) -> None:
         self.name = name
-        self.elbo = copy.deepcopy(elbo)
+        self.elbo: Any = copy.deepcopy(elbo)
         self.program = program
         self.milliseconds: list[float] = []
+        self.settled = 0.0  # milliseconds while warming up
         self.evaluations = 0.0
         self.moments = Moments(torch.zeros(0))
-        state = pyro.get_param_store().get_state()
+        self._vector: Tensor | None = None
+        state: Any = pyro.get_param_store().get_state()
         # Estimators' parameters are the copy's, which it registers itself.
         self._state: Any = {
             key: {name: value for name, value in part.items() if not name.startswith(PARAM_PREFIX)}
             for key, part in state.items()
         }
         self._synchronize = torch.cuda.synchronize if any(p.is_cuda for p in program.leaves) else _nothing
+
+    @property
+    def objective(self) -> str:
+        """What it is the gradient of."""
+        if not isinstance(self.elbo, EstimatorELBO):
+            return "elbo"
+        parts = [*self.elbo.modules(), *self.elbo.assignment.entries.values()]
+        others = {part.objective for part in parts if isinstance(part, Estimator)} - {"elbo"}
+        return next(iter(others), "elbo")
 
     def warm_up(self, steps: int) -> None:
         """Lets running means settle, and counts the model's rows from the second step on: the first may probe."""
@@ -138,6 +153,7 @@ class Sampler:
                 counter = RowCounter()
                 total = total + self._gradient(counter(self.program.model))
                 rows += counter.rows if step else 0
+        self.settled = statistics.median(self.milliseconds)
         self.milliseconds.clear()
         self.evaluations = rows / (steps - 1) / self.program.rows
         self.moments = Moments(total / steps)
@@ -160,7 +176,7 @@ class Sampler:
             yield
 
     def _gradient(self, model: Any) -> Tensor:
-        """One estimate of the gradient by the guide's parameters, in one vector."""
+        """One estimate of the gradient by the guide's parameters, in one vector that the next one overwrites."""
         program = self.program
         for leaf in program.leaves:
             leaf.grad = None
@@ -186,7 +202,8 @@ class Sampler:
                 "Register them by pyro.param, pyro.module or a PyroModule."
             )
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in program.parameters]
-        return torch.cat([part.to_dense().reshape(-1) for part in parts])
+        self._vector = torch.cat([part.to_dense().reshape(-1) for part in parts], out=self._vector)
+        return self._vector
 
 
 def _nothing() -> None:
@@ -205,16 +222,21 @@ class Untouched:
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def __enter__(self) -> Untouched:
-        self._random = unchanged_random_state()
-        self._random.__enter__()
-        self._store = pyro.get_param_store().scope(pyro.get_param_store().get_state())
-        self._store.__enter__()
-        self.keep(pyro.get_param_store()._params.values())
-        self._hook = nn.modules.module.register_module_forward_pre_hook(self._before_forward)
+        store = pyro.get_param_store()
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed())
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(store.scope(store.get_state()))
+            self.keep(store._params.values())
+            stack.callback(self._put_back)
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(self._before_forward).remove)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hook.remove()
+        self._exit.__exit__(*error)
+
+    def _put_back(self) -> None:
         for module, buffers in self._buffers.items():
             module._buffers.update(buffers)
         with torch.no_grad():
@@ -223,8 +245,6 @@ class Untouched:
                     tensor.grad = grad
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
-        self._store.__exit__(*error)
-        self._random.__exit__(*error)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         for x in tensors:

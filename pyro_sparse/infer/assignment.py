@@ -64,24 +64,18 @@ class PyroBaseline(Baseline):
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         value = cost.new_zeros(()) if self.average is None else self.average(cost, site)[0]
-        site.memo[self] = value
         learned = site.options.get("baseline_value")
         if (network := site.options.get("nn_baseline")) is not None:
             learned = network(_detach(site.options["nn_baseline_input"]))
         if learned is None:
             return value, 0.0
-        try:
-            value = (value + learned).expand(torch.broadcast_shapes(cost.shape, learned.shape))
-        except RuntimeError as error:
-            raise ValueError(
-                f"EstimatorELBO, site '{site.name}': expected a baseline that broadcasts to the cost's shape "
-                f"{tuple(cost.shape)}, got {tuple(learned.shape)}. Squeeze the network's output."
-            ) from error
-        if value.shape != cost.shape:
+        # Broadcasting to the left only: a (B, 1) output would make a (B, B) table of differences.
+        if learned.shape != cost.shape[cost.dim() - learned.dim() :]:
             raise ValueError(
                 f"EstimatorELBO, site '{site.name}': expected a baseline of the cost's shape {tuple(cost.shape)}, got "
                 f"{tuple(learned.shape)}. Squeeze the network's output."
             )
+        value = value + learned
         return value, (cost - value).square().sum()
 
     def update(self, cost: Tensor, site: Site) -> None:
@@ -175,6 +169,18 @@ class Assignment(nn.Module):
     def __getitem__(self, name: str) -> Estimator:
         estimator: Any = self.sites[_key(name)]
         return estimator
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Assignment:
+        for entry in self.entries.values():  # before the first run they are not yet submodules
+            entry._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> Assignment:
+        for entry in self.entries.values():
+            entry.train(mode)
+        super().train(mode)
+        return self
 
     def check_names(self, names: set[str]) -> None:
         """Raises if there is an entry for a site that the guide does not have."""

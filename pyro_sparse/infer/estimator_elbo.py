@@ -280,6 +280,12 @@ class EstimatorELBO(ELBO, nn.Module):
     def _score_term(self, score: ScoreSite, run: Run, group: list[Run]) -> tuple[Tensor, Any, Update]:
         """One site's share of the surrogate, its estimator's own loss, and the update of its running means."""
         site, estimator = score.site, self.assignment[score.site.name]
+        if estimator.num_particles not in (1, self.num_particles):
+            raise ValueError(
+                f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__}({estimator.num_particles}) "
+                f"only at sites that the first run reaches, got another, and {self.num_particles} particle(s). Give it "
+                "to the ELBO: EstimatorELBO({'*': ...})."
+            )
         cost, log_prob = score.cost(run), site.log_prob
         if self._joint and estimator.num_particles > 1:
             # The other particles' costs at this site; they may have taken another branch.

@@ -7,7 +7,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -22,10 +21,15 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_sparse.infer.messenger import enumerate_values
+from pyro_sparse.infer.undisturbed import undisturbed
 
 STRATEGIES = ("parallel", "sequential")
 MAX_OUTCOMES = 4096
 DRAWS = 3  # to see whether a program runs on several values at once
+
+
+class NoiseLeftError(ValueError):
+    """The program draws random numbers that cannot be enumerated."""
 
 
 def exact_gradient(
@@ -58,7 +62,8 @@ def exact_gradient(
         One gradient for each parameter; zeros for those on which the ELBO does not depend.
 
     Raises:
-        ValueError: if a random number was drawn, or for more outcomes than ``max_outcomes``.
+        NoiseLeftError: (a ValueError) if random numbers matter that are not enumerated.
+        ValueError: those of :class:`EnumeratedELBO`.
     """
     elbo = EnumeratedELBO(strategy, max_outcomes=max_outcomes)
     parameters = list(parameters)
@@ -67,7 +72,7 @@ def exact_gradient(
         loss = elbo.differentiable_loss(model, guide, *args, **(kwargs or {}))
         return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
-    with unchanged_random_state():
+    with undisturbed(), torch.enable_grad():
         elbo.find_plates(model, guide, args, kwargs or {})
         before = random_state()
         gradients = evaluate()
@@ -75,7 +80,7 @@ def exact_gradient(
         noisy = random_state() != before and (elbo.sampled or not _close(gradients, evaluate()))
     if noisy:
         where = f" at {sorted(elbo.sampled)}" if elbo.sampled else " outside of the guide's sites, such as dropout"
-        raise ValueError(
+        raise NoiseLeftError(
             f"exact_gradient: expected a program whose every choice can be enumerated, got random numbers{where}. "
             "Average the gradients of EnumeratedELBO, or fix the noise."
         )
@@ -114,7 +119,9 @@ class EnumeratedELBO(TraceEnum_ELBO):
         super().__init__(**{"strict_enumeration_warning": False, **kwargs})
         self.strategy = strategy
         self.max_outcomes = max_outcomes
-        self.sampled: set[str] = set()  #: guide sites that the last step drew, and plates that it subsampled
+        #: guide sites that the last step enumerated, and those that it drew, with the plates that it subsampled
+        self.enumerated: set[str] = set()
+        self.sampled: set[str] = set()
 
     def find_plates(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Finds ``max_plate_nesting``, if it was not given, by an ordinary run. The first loss would."""
@@ -126,7 +133,7 @@ class EnumeratedELBO(TraceEnum_ELBO):
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self.find_plates(model, guide, args, kwargs)
         messenger = _EnumerateAll(self.strategy, self.max_outcomes)
-        self.sampled = messenger.sampled
+        self.enumerated, self.sampled = messenger.enumerated, messenger.sampled
         yield from super()._get_traces(model, messenger(guide), args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -151,6 +158,7 @@ class _EnumerateAll(Messenger):
         super().__init__()
         self.strategy = strategy
         self.max_outcomes = max_outcomes
+        self.enumerated: set[str] = set()
         self.sampled: set[str] = set()
         self._sizes: dict[int | str, int] = {}  # of each enumeration dim, of each site enumerated sequentially
 
@@ -170,6 +178,7 @@ class _EnumerateAll(Messenger):
         asked = msg["infer"].get("enumerate") or self.strategy
         others = {k: v for k, v in msg["infer"].items() if k not in ("num_samples", "tmc", "expand")}
         msg["infer"] = {**others, "enumerate": asked}
+        self.enumerated.add(msg["name"])
 
     def _combinations(self, fn: Any, name: str) -> Tensor | None:
         """All combinations of the outcomes of an event's elements, ``(K**n, 1, ..., 1, *event_shape)``."""
@@ -217,7 +226,7 @@ def why_one_by_one(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mappin
     log-probabilities. A program may run on all together without an error and be wrong: where it branches on
     ``z.sum()``, or has a batch normalisation.
     """
-    with torch.no_grad(), poutine.block(), unchanged_random_state():
+    with undisturbed(), poutine.block():
         fixed = poutine.Trace()  # all runs see the same subsample
         runs = []
         for _ in range(DRAWS):
@@ -302,15 +311,3 @@ def random_state() -> tuple[Any, ...]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     _, keys, *position = state["numpy"]
     return *(x.numpy().tobytes() for x in [state["torch"], *cuda]), state["random"], keys.tobytes(), position
-
-
-@contextmanager
-def unchanged_random_state() -> Iterator[None]:
-    """Puts the states of all generators back: torch's on each device, Python's and numpy's."""
-    state = pyro.util.get_rng_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            pyro.util.set_rng_state(state)

@@ -132,6 +132,11 @@ class Program:
             estimator = messenger.estimators.get(name) or self.find(node)
             if estimator is None or is_identically_zero(log_prob):
                 continue
+            if estimator.draws_slots and dim is None and node["infer"].get("enumerate") != "sequential":
+                raise ValueError(
+                    f"EstimatorELBO, site '{name}': expected {type(estimator).__name__} at a site that the first run "
+                    "reaches, got one that it did not, so that plates were not counted. Pass max_plate_nesting."
+                )
             if dim is not None:
                 laid_out = messenger.slots.get(name)
                 log_weights = log_prob.detach() if laid_out is None else laid_out.log_weights
