@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyro_sparse.testing.distributions import check_distribution
 from pyro_sparse.testing.elbo import check_elbo
+from pyro_sparse.testing.estimator import check_estimator
 from pyro_sparse.testing.projections import check_projection
 
-__all__ = ["check_distribution", "check_elbo", "check_projection"]
+__all__ = ["check_distribution", "check_elbo", "check_estimator", "check_projection"]

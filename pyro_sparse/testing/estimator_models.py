@@ -49,17 +49,17 @@ class EstimatorModel:
 
 
 class Family(NamedTuple):
-    """A discrete distribution: its number of outcomes, how to make it from scores, and the index of its value."""
+    """A discrete distribution: its number of outcomes, how to make it from scores, and the number of a value."""
 
     outcomes: int
     make: Callable[[Tensor], Any]
-    index: Callable[[Tensor], Tensor] = lambda value: value.long()
+    number: Callable[[Tensor], Tensor] = lambda value: value.long()
 
 
 TWO = Family(2, lambda scores: dist.Categorical(logits=scores))
 THREE = Family(3, lambda scores: dist.Categorical(logits=scores))
 ONE_HOT = Family(3, lambda scores: dist.OneHotCategorical(logits=scores), lambda value: value.argmax(-1))
-SPARSE = Family(3, lambda scores: SparseCategorical(scores))
+SPARSE = Family(3, lambda scores: SparseCategorical(1.5 * scores))
 BIT = Family(2, lambda scores: dist.Bernoulli(logits=scores[..., 1] - scores[..., 0]))
 
 
@@ -120,13 +120,13 @@ def two_sites(side: str, first: Family, second: Family) -> None:
 
 
 def one_site_in_plate(side: str, family: Family) -> None:
-    with pyro.plate("data", 3, subsample=torch.tensor([2, 0])) as i:
+    with plate("data", 3, subsample=torch.tensor([2, 0])) as i:
         z = latent(side, "z", family, i)
         observe(side, i, z)
 
 
 def two_sites_in_plate(side: str, first: Family, second: Family) -> None:
-    with pyro.plate("data", 3, subsample=torch.tensor([2, 0])) as i:
+    with plate("data", 3, subsample=torch.tensor([2, 0])) as i:
         y = latent(side, "y", first, i)
         z = latent(side, "z", second, i, y)
         observe(side, i, y, z)
@@ -134,9 +134,9 @@ def two_sites_in_plate(side: str, first: Family, second: Family) -> None:
 
 def nested_plates(side: str, family: Family, outer: int, inner: int, both: bool) -> None:
     """A site in the outer plate and, perhaps, one in both; two of three rows are seen."""
-    with pyro.plate("outer", 3, subsample=torch.tensor([2, 0])[:outer], dim=-2) as i:
+    with plate("outer", 3, subsample=torch.tensor([2, 0])[:outer], dim=-2) as i:
         y = latent(side, "y", family, i[:, None])
-        with pyro.plate("inner", inner, dim=-1) as j:
+        with plate("inner", inner, dim=-1) as j:
             z = latent(side, "z", family, i[:, None], j, y) if both else j
             observe(side, i[:, None], j, y, z)
 
@@ -149,7 +149,7 @@ def between_normals(side: str, family: Family) -> None:
 
 
 def normal_in_plate(side: str, family: Family) -> None:
-    with pyro.plate("data", 2) as i:
+    with plate("data", 2) as i:
         u = normal(side, "u", i)
         z = latent(side, "z", family, i, shift=u)
         observe(side, i, z, shift=u)
@@ -157,7 +157,7 @@ def normal_in_plate(side: str, family: Family) -> None:
 
 def masked_and_scaled(side: str, family: Family) -> None:
     """The latent sites are scaled, as annealing does, and masked out at one element; another has no data."""
-    with pyro.plate("data", 2) as i:
+    with plate("data", 2) as i:
         with poutine.scale(scale=0.3), poutine.mask(mask=i == 0):
             z = latent(side, "z", family, i)
         with poutine.mask(mask=i == 1):
@@ -165,7 +165,7 @@ def masked_and_scaled(side: str, family: Family) -> None:
 
 
 def vector_in_plate(side: str) -> None:
-    with pyro.plate("data", 2) as i:
+    with plate("data", 2) as i:
         logits = look_up(f"{side}.bits", i, size=2)
         bits = pyro.sample("bits", dist.Bernoulli(logits=logits).to_event(1)).long()
         observe(side, i, bits[..., 0], bits[..., 1])
@@ -173,13 +173,13 @@ def vector_in_plate(side: str) -> None:
 
 def shared_latent(side: str, family: Family) -> None:
     y = latent(side, "y", family)
-    with pyro.plate("data", 3, subsample=torch.tensor([2, 0])) as i:
+    with plate("data", 3, subsample=torch.tensor([2, 0])) as i:
         z = latent(side, "z", family, i, y)
         observe(side, i, y, z)
 
 
 def used_outside(side: str, family: Family) -> None:
-    with pyro.plate("data", 2) as i:
+    with plate("data", 2) as i:
         z = latent(side, "z", family, i)
     observe(side, z.sum(-1, keepdim=True))
 
@@ -195,13 +195,18 @@ def branch(side: str, family: Family) -> None:
 # What they are made of.
 
 
+def plate(name: str, size: int, **options: Any) -> Any:
+    """A plate, whose context is its indices."""
+    return pyro.plate(name, size, **options)
+
+
 def latent(side: str, name: str, family: Family, *where: Tensor, shift: Tensor | None = None) -> Tensor:
     """Samples a discrete site whose scores depend on positions and parents, and on a number; returns an index."""
     scores = look_up(f"{side}.{name}", *where, size=family.outcomes)
     if shift is not None:
         scores = scores + shift[..., None] * param(f"{side}.{name}.shift", family.outcomes)
     make = THREE.make if family is SPARSE and side == "model" else family.make  # a prior that covers the guide
-    return family.index(pyro.sample(name, make(scores)))
+    return family.number(pyro.sample(name, make(scores)))
 
 
 def normal(side: str, name: str, *where: Tensor) -> Tensor:

@@ -1,0 +1,420 @@
+"""Every estimator, proven unbiased by enumeration of its draws, and its well-known wrong versions, which fail."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from pyro_sparse.estimators import (
+    ARMS,
+    VIMCO,
+    Baseline,
+    DisARM,
+    Estimator,
+    Exact,
+    LeaveOneOut,
+    MovingAverage,
+    NeuralBaseline,
+    RaoBlackwell,
+    SampleBaseline,
+    Scaled,
+    ScoreFunction,
+    SelfCritic,
+    Site,
+    Sum,
+    TrainableConstant,
+)
+from pyro_sparse.infer import BaselineELBO, EstimatorELBO
+from pyro_sparse.testing import check_estimator
+from pyro_sparse.testing.estimator_models import BIT, EstimatorModel, estimator_models, nested_plates
+from pyro_sparse.testing.outcomes import outcomes
+
+MODELS = {model.name: model for model in estimator_models()}
+# Those with fewer outcomes, for the fast suite.
+SMALL = [
+    *("categorical, one site", "categorical, two dependent sites", "categorical, nested plates, sites in the outer"),
+    *("categorical, one-hot site", "categorical, sparse site", "Bernoulli, one site", "Bernoulli, two dependent sites"),
+    *("Bernoulli, subsampled plate", "Bernoulli, nested plates, sites in the outer", "Bernoulli, masked and scaled"),
+    *("Bernoulli, between reparameterised sites", "shared, outside and inside a plate", "outside, sum over a plate"),
+    "branch, another site in one branch",
+]
+
+
+class EnumerableARMS(ARMS):
+    """Draws the bits by their joint probabilities in closed form, not by continuous noise.
+
+    Of uniform D on the simplex, j given ones all exceed t with probability (1 - jt)_+^(n-1); inclusion and exclusion
+    give the probability that these do and no others.
+    """
+
+    def draw_bits(self, probs: Tensor) -> Tensor:
+        rare = torch.minimum(probs, 1 - probs)
+        patterns = torch.tensor(list(itertools.product([0.0, 1.0], repeat=self.n)))
+        law = torch.stack([probability_of_exactly(int(a), self.n, rare) for a in patterns.sum(1)], -1)
+        drawn = patterns[torch.multinomial(law.reshape(-1, 2**self.n), 1)[:, 0]].T.reshape((self.n, *probs.shape))
+        return torch.where(probs <= 0.5, drawn, 1 - drawn)
+
+
+def probability_of_exactly(count: int, n: int, rare: Tensor) -> Tensor:
+    """That ``count`` given bits of n are rare and the others are not."""
+    t = 1 - rare ** (1 / (n - 1))
+    signs = [(-1) ** j * math.comb(n - count, j) for j in range(n - count + 1)]
+    law = sum((s * (1 - (count + j) * t).clamp(min=0) ** (n - 1) for j, s in enumerate(signs)), torch.zeros(()))
+    return law.clamp(min=0)  # a zero may come out as -1e-17
+
+
+# Each with the kinds of models that it refuses.
+ONE_VALUE = ()  # serves everything
+ONE_RUN = ("branch",)
+SLOTS = ("branch", "outside", "vector")
+BITS = ("branch", "outside", "categorical", "categorical and Bernoulli")
+UNBIASED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "score function": (ScoreFunction, ONE_VALUE),
+    "moving average": (MovingAverage, ONE_VALUE),
+    "trainable constant": (TrainableConstant, ONE_VALUE),
+    "self-critic": (SelfCritic, ONE_VALUE),
+    "sample": (SampleBaseline, ONE_VALUE),
+    "scaled": (lambda: Scaled(SelfCritic()), ONE_VALUE),
+    "sum": (lambda: Sum(MovingAverage(), TrainableConstant()), ONE_VALUE),
+    "leave-one-out": (lambda: LeaveOneOut(2), ONE_RUN),
+    "leave-one-out, one by one": (lambda: LeaveOneOut(2, vectorized=False), ONE_VALUE),
+    "Rao-Blackwell": (RaoBlackwell, SLOTS),
+    "Rao-Blackwell, two in the tail": (lambda: RaoBlackwell(1, 2), SLOTS),
+    "Rao-Blackwell, top two": (lambda: RaoBlackwell(2), SLOTS),
+    "Rao-Blackwell by coverage": (lambda: RaoBlackwell(coverage=0.6), SLOTS),
+    "DisARM": (DisARM, BITS),
+    "VIMCO": (lambda: VIMCO(2), ("branch", "outside", "shared")),
+    "exact": (Exact, SLOTS),
+}
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_unbiased(name: str) -> None:
+    make, refused = UNBIASED[name]
+    served = [replace(MODELS[m], kind="") for m in SMALL if MODELS[m].kind not in refused]
+    check_estimator(make(), models=served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNBIASED)
+def test_unbiased_on_all_models(name: str) -> None:
+    check_estimator(UNBIASED[name][0]())
+
+
+@pytest.mark.parametrize(("n", "names"), [(3, ["one site", "subsampled plate"]), (4, ["one site"])])
+def test_arms_is_unbiased(n: int, names: list[str]) -> None:
+    """With few sites: every one multiplies the outcomes by 2**n, for each row."""
+    check_estimator(EnumerableARMS(n), models=[MODELS[f"Bernoulli, {name}"] for name in names])
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_what_is_refused_is_refused_by_site(name: str) -> None:
+    make, refused = UNBIASED[name]
+    for kind in refused:
+        model = next(model for model in MODELS.values() if model.kind == kind)
+        with pytest.raises(AssertionError, match=r"the estimator raised ValueError.*site '(y|z|bits)'"):
+            check_estimator(make(), models=[model])
+
+
+@pytest.mark.parametrize("baseline", [ScoreFunction(), SelfCritic()])
+@pytest.mark.slow
+def test_unbiased_with_sites_in_every_row_of_nested_plates(baseline: Any) -> None:
+    sides = [lambda side=side: nested_plates(side, BIT, 2, 2, True) for side in ("model", "guide")]
+    check_estimator(baseline, models=[EstimatorModel("nested", *sides, max_plate_nesting=2)])
+
+
+SUBSAMPLED = [MODELS["categorical, subsampled plate"], MODELS["Bernoulli, subsampled plate"]]
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        MovingAverage(num_data=3),
+        Sum(MovingAverage(), NeuralBaseline(nn.Linear(1, 1), inputs=lambda: torch.tensor([[0.3], [-1.0], [0.8]]))),
+    ],
+)
+def test_baselines_that_tell_examples_apart(baseline: Baseline) -> None:
+    check_estimator(baseline, models=SUBSAMPLED)
+
+
+@pytest.mark.parametrize(
+    "estimators",
+    [
+        {"y": RaoBlackwell(), "z": DisARM()},
+        {"y": LeaveOneOut(2), "z": RaoBlackwell()},
+        {"y": DisARM(), "z": ScoreFunction(SelfCritic())},
+        {"y": Exact(), "*": ScoreFunction(SampleBaseline())},
+        {"z": Exact(), "*": LeaveOneOut(2)},
+    ],
+    ids=str,
+)
+def test_mixtures(estimators: dict[str, Estimator]) -> None:
+    check_estimator(
+        lambda **options: EstimatorELBO(estimators, **options), models=[MODELS["Bernoulli, two dependent sites"]]
+    )
+
+
+@pytest.mark.slow
+def test_a_mixture_in_a_plate() -> None:
+    estimators = {"y": RaoBlackwell(), "z": DisARM()}
+    model = MODELS["categorical and Bernoulli, subsampled plate"]
+    check_estimator(lambda **options: EstimatorELBO(estimators, **options), models=[model])
+
+
+@pytest.mark.parametrize("options", [{"analytic_kl": True}, {"costs": "graph"}], ids=str)
+@pytest.mark.parametrize("name", ["moving average", "self-critic", "leave-one-out", "Rao-Blackwell", "DisARM", "exact"])
+def test_options_of_the_elbo(name: str, options: dict[str, Any]) -> None:
+    names = ["Bernoulli, two dependent sites", "Bernoulli, nested plates, sites in the outer"]
+    if name != "DisARM":  # whose pairs have many outcomes here
+        names.append("Bernoulli, between reparameterised sites")
+
+    def make(**keywords: Any) -> ELBO:
+        e = UNBIASED[name][0]()
+        return (BaselineELBO if isinstance(e, Baseline) else EstimatorELBO)(e, **keywords, **options)
+
+    check_estimator(make, models=[replace(MODELS[n], kind="") for n in names])
+
+
+def test_sequential_enumeration_serves_a_branch() -> None:
+    branch = MODELS["branch, another site in one branch"]
+    guide = poutine.infer_config(
+        branch.guide, lambda msg: {"enumerate": "sequential"} if msg["name"] in ("y", "z") else {}
+    )
+    check_estimator(Exact(), models=[replace(branch, guide=guide)])
+
+
+# Plates.
+
+
+def rows(x: Tensor, subsample_size: int, side: str) -> None:
+    """A bit for each row of the data."""
+    with pyro.plate("data", len(x), subsample_size=subsample_size) as i:
+        z = pyro.sample("z", dist.Bernoulli(logits=pyro.param(f"{side}.logits", torch.tensor([0.3, -0.9, 0.7]))[i]))
+        if side == "model":
+            pyro.sample("x", dist.Normal(pyro.param("slope", torch.tensor(0.8)) * z, 1.0), obs=x[i])
+
+
+def mean_gradients(elbo: ELBO, x: Tensor, subsample_size: int) -> dict[str, Tensor]:
+    """The expected gradient of each parameter, over subsamples and draws."""
+    mean: dict[str, Any] = {}
+
+    def step() -> None:
+        for parameter in pyro.get_param_store().values():
+            parameter.grad = None
+        elbo.loss_and_grads(lambda: rows(x, subsample_size, "model"), lambda: rows(x, subsample_size, "guide"))
+
+    pyro.clear_param_store()
+    step()  # in its first run an ELBO may draw for other purposes
+    for probability, _ in outcomes(step):
+        for name, parameter in pyro.get_param_store().items():
+            mean[name] = mean.get(name, 0.0) + probability * parameter.grad
+    return mean
+
+
+IN_PLATES = [ScoreFunction(SelfCritic()), LeaveOneOut(2), RaoBlackwell(), DisARM(), VIMCO(2), Exact()]
+
+
+@pytest.mark.parametrize("estimator", IN_PLATES, ids=lambda e: type(e).__name__)
+def test_the_mean_over_subsamples_is_the_full_gradient(estimator: Estimator) -> None:
+    x = torch.tensor([0.2, -1.0, 1.5])
+    full = mean_gradients(EstimatorELBO(estimator, max_plate_nesting=1), x, 3)
+    for size in (1, 2):
+        found = mean_gradients(EstimatorELBO(estimator, max_plate_nesting=1), x, size)
+        torch.testing.assert_close(found, full, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", IN_PLATES, ids=lambda e: type(e).__name__)
+def test_other_elements_data_do_not_move_the_mean(estimator: Estimator) -> None:
+    x = torch.tensor([0.2, -1.0, 1.5])
+    before, after = (
+        mean_gradients(EstimatorELBO(estimator, max_plate_nesting=1), data, 3)["guide.logits"]
+        for data in (x, x + torch.tensor([0.0, 0.0, 5.0]))
+    )
+    torch.testing.assert_close(before[:2], after[:2], rtol=1e-10, atol=1e-10)
+    assert (before[2] - after[2]).abs() > 0.1
+
+
+# What is wrong fails.
+
+
+class NoScore(ScoreFunction):
+    """Only the pathwise part."""
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return 0 * site.log_prob, 0.0
+
+
+class UndetachedSample(ScoreFunction):
+    """The cost of an independent draw, through which the model's gradient flows once more."""
+
+    def __init__(self, model: EstimatorModel) -> None:
+        super().__init__()
+        self.program = model
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        with poutine.block():
+            guide_trace = poutine.trace(self.program.guide).get_trace()
+            model_trace = poutine.trace(poutine.replay(self.program.model, guide_trace)).get_trace()
+        return (cost - model_trace.log_prob_sum() + guide_trace.log_prob_sum()) * site.log_prob, 0.0
+
+
+class UpdatedBeforeUse(MovingAverage):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        self.update(cost, site)
+        return super().forward(cost, site)
+
+
+class MeanOfTheBatch(Baseline):
+    """Other elements' costs, and the element's own."""
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return cost.mean(-1, keepdim=True), 0.0
+
+
+class CostOfAnotherElement(ScoreFunction):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return cost.roll(1, -1) * site.log_prob, 0.0
+
+
+class LossThatReachesTheGuide(TrainableConstant):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        value, loss = super().forward(cost, site)
+        return value, loss + site.log_prob.square().sum()
+
+
+class MeanOfAll(LeaveOneOut):
+    """Each particle's own cost is in its baseline."""
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return (cost - cost.mean(0)) * site.log_prob, 0.0
+
+
+class SlopeFromTheSameDraws(LeaveOneOut):
+    """A coefficient for the baseline, fitted to the costs that it is used on."""
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        others = (cost.sum(0) - cost) / (self.num_particles - 1)
+        slope = (cost * others).mean() / others.square().mean()
+        return (cost - slope * others) * site.log_prob, 0.0
+
+
+class TwoBaselines(RaoBlackwell):
+    """The sampled part has a baseline that the enumerated part lacks."""
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        k, weights = site.slots.num_enumerated, site.slots.log_weights.exp()
+        enumerated = (weights * cost)[:k].sum(0) / weights[:k].sum(0)
+        return weights * torch.cat([cost[:k], cost[k:] - enumerated]) * site.log_prob, 0.0
+
+
+class WithoutTheTailsWeight(RaoBlackwell):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        k, weights = site.slots.num_enumerated, site.slots.log_weights.exp()
+        return torch.cat([weights[:k], torch.ones_like(weights[k:])]) * cost * site.log_prob, 0.0
+
+
+class WithoutTheSigmoid(DisARM):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return (cost - cost.mean(0)) / (self.n - 1) * site.log_prob, 0.0
+
+
+class IndependentBits(DisARM):
+    """Corrected for a correlation that the draws do not have."""
+
+    def draw_bits(self, probs: Tensor) -> Tensor:
+        return torch.bernoulli(probs.expand((self.n, *probs.shape)))
+
+
+class WithoutTheScore(VIMCO):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return self.bound(cost), 0.0
+
+
+class SignalWithItsOwnWeight(VIMCO):
+    """The geometric mean that stands for a particle's weight is over all particles."""
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        own = torch.eye(self.num_particles, dtype=torch.bool)
+        own = own.reshape(own.shape + (1,) * (cost.dim() - 1))
+        with torch.no_grad():
+            replaced = torch.where(own, cost.mean(0), cost[:, None])
+            signal = self.bound(cost) - self.bound(replaced)
+        return self.bound(cost) + (signal * site.log_prob).sum(0), 0.0
+
+
+class EquallyWeighted(Exact):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return cost * site.log_prob / len(cost), 0.0
+
+
+ONE, PLATE = MODELS["Bernoulli, one site"], MODELS["Bernoulli, subsampled plate"]
+THREE_OUTCOMES = MODELS["categorical, one site"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "model"),
+    [
+        (NoScore(), ONE),
+        (UpdatedBeforeUse(), ONE),
+        (Sum(TrainableConstant(), UpdatedBeforeUse()), ONE),
+        (Scaled(UpdatedBeforeUse()), ONE),
+        (MeanOfTheBatch(), PLATE),
+        (CostOfAnotherElement(), PLATE),
+        (LossThatReachesTheGuide(), ONE),
+        (MeanOfAll(2), ONE),
+        (MeanOfAll(2, vectorized=False), ONE),
+        (SlopeFromTheSameDraws(3), ONE),
+        (TwoBaselines(), THREE_OUTCOMES),
+        (WithoutTheTailsWeight(), THREE_OUTCOMES),
+        (WithoutTheSigmoid(), ONE),
+        (IndependentBits(), ONE),
+        (WithoutTheScore(2), ONE),
+        (SignalWithItsOwnWeight(2), ONE),
+        (EquallyWeighted(), ONE),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_wrong_versions_fail(wrong: Any, model: EstimatorModel) -> None:
+    with pytest.raises(AssertionError, match="1 of 1 models differ"):
+        check_estimator(wrong, models=[model])
+
+
+def test_an_undetached_sample_baseline_fails_in_the_model_only() -> None:
+    """Published code has it: the model's gradient is multiplied by one plus the guide's entropy."""
+    with pytest.raises(AssertionError, match=r"3 quantities differ, first the gradient of model\.") as raised:
+        check_estimator(UndetachedSample(ONE), models=[ONE])
+    assert "guide" not in str(raised.value)
+
+
+# ARMS draws by continuous noise what EnumerableARMS draws from a table.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_arms_draws_by_its_law(n: int) -> None:
+    """z-tests of how many bits are one, |z| < 5: 30 at most, which fail by chance once in 50,000 runs."""
+    probs = torch.tensor([0.05, 0.3, 0.5, 0.65, 0.9])
+    draws = 200_000
+    ones = ARMS(n).draw_bits(probs.expand(draws, -1)).sum(0)
+    for j, p in enumerate(probs):
+        for count in range(n + 1):
+            rare = count if p <= 0.5 else n - count
+            law = math.comb(n, count) * probability_of_exactly(rare, n, torch.minimum(p, 1 - p))
+            found = (ones[:, j] == count).double().sum()
+            if law < 1e-12:  # zero, rounded
+                assert found == 0
+            elif draws * law < 1:
+                assert found <= 8  # a Poisson number with mean one is larger with probability 1e-6
+            else:
+                assert (found - draws * law).abs() / (draws * law * (1 - law)).sqrt() < 5
