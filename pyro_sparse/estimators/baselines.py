@@ -38,7 +38,7 @@ class MovingAverage(Baseline):
         self.num_data = num_data
         shape = () if num_data is None else (num_data,)
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("weight", torch.zeros(shape))
+        self.register_buffer("weight", torch.zeros(shape))  # 1 + beta + beta^2 + ..., whose inverse is the rate
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         if self.num_data is None:
@@ -48,14 +48,14 @@ class MovingAverage(Baseline):
 
     def update(self, cost: Tensor, site: Site) -> None:
         if self.num_data is None:
-            self.weight.mul_(self.beta).add_(1 - self.beta)
-            self.mean.lerp_(cost.mean().to(self.mean), (1 - self.beta) / self.weight)
+            self.weight.mul_(self.beta).add_(1.0)
+            self.mean.lerp_(cost.mean().to(self.mean), self.weight.reciprocal())
             return
         plate = self._plate(site)
         rows = self._rows(plate)
         average = cost.movedim(plate.dim, -1).reshape(-1, plate.size).mean(0)
-        self.weight[rows] = self.beta * self.weight[rows] + (1 - self.beta)
-        self.mean[rows] = torch.lerp(self.mean[rows], average.to(self.mean), (1 - self.beta) / self.weight[rows])
+        self.weight[rows] = self.beta * self.weight[rows] + 1.0
+        self.mean[rows] = torch.lerp(self.mean[rows], average.to(self.mean), self.weight[rows].reciprocal())
 
     def _plate(self, site: Site) -> Plate:
         if len(site.plates) != 1 or site.plates[0].full_size != self.num_data:

@@ -12,7 +12,7 @@ from torch import Tensor
 Frame = Any  # pyro.poutine.indep_messenger.CondIndepStackFrame
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Term:
     """
     A summand of the ELBO.
@@ -53,10 +53,9 @@ class Costs:
     def __init__(self, terms: Iterable[Term], slots: Mapping[int, SlotDim]) -> None:
         self.slots = dict(sorted(slots.items()))
         self.terms = list(terms)
-        for term in self.terms:
-            self._check_plates(term)
         groups: dict[Any, Tensor] = {}
         for term in self.terms:
+            self._check_plates(term)
             value = self.mask(term.value.detach())
             key = (term.frames, self.slot_dims(value), term.upstream)
             groups[key] = groups[key] + value if key in groups else value
@@ -74,6 +73,8 @@ class Costs:
 
     def slot_dims(self, value: Tensor) -> frozenset[int]:
         """The slot dims along which a tensor varies."""
+        if not self.slots:
+            return frozenset()
         return frozenset(dim for dim in self.slots if value.dim() >= -dim and value.shape[dim] > 1)
 
     def average(self, value: Tensor, keep: Collection[int] = ()) -> Tensor:
@@ -105,10 +106,10 @@ class Costs:
         ]
         return sum(parts[1:], parts[0]) if parts else torch.zeros(())
 
-    def path(self) -> Tensor | float:
-        """The attached terms, averaged and summed: what pathwise derivatives and the model's gradient come from."""
+    def paths(self) -> list[Tensor]:
+        """The attached terms, each averaged and summed: pathwise derivatives and the model's gradient."""
         paths = [term.path for term in self.terms if term.path is not None]
-        return sum((self.average(self.mask(path)).sum() for path in paths), 0.0)
+        return [self.average(self.mask(path)).sum() if path.dim() else path for path in paths]
 
     def weight(self, dims: Collection[int]) -> Tensor | None:
         """The product of the weights of some slot dims; None without any."""

@@ -23,6 +23,7 @@ from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.dependencies import Dependencies
+from pyro_sparse.infer.estimator_messenger import PARTICLES
 from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.undisturbed import undisturbed
 
@@ -87,6 +88,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
+        self._slots = True  # whether any estimator may draw some
         self._sequential = False  # whether infer asked for sequential enumeration so far
         self._dependencies = Dependencies()
         ELBO.__init__(self, **kwargs)
@@ -197,8 +199,10 @@ class EstimatorELBO(ELBO, nn.Module):
                 found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
                 self.assignment.check_names(set(found))
                 self._set_particles({name: e for name, e in found.items() if e is not None})
-                slots = any(e is not None and e.draws_slots for e in found.values())
-                if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
+                estimators = [*found.values(), *self.assignment.entries.values()]
+                plates_known = self.max_plate_nesting != float("inf")
+                self._slots = plates_known or any(e is not None and e.draws_slots for e in estimators)
+                if not plates_known and (self._slots or self.vectorize_particles):
                     self._guess_max_plate_nesting(model, guide, args, kwargs)
         finally:
             for name in set(store.keys()) - known:
@@ -216,9 +220,11 @@ class EstimatorELBO(ELBO, nn.Module):
         subsamples: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Run]:
         """One run, or one for each outcome of the sites enumerated sequentially."""
-        if self.vectorize_particles:
-            guide, model = self._vectorized_num_particles(guide), self._vectorized_num_particles(model)
-        program = Program(model, guide, args, kwargs, self.assignment.find, self.max_plate_nesting, self.analytic_kl)
+        if self.vectorize_particles and self.num_particles > 1:
+            particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
+            guide, model = particles(guide), particles(model)
+        program = Program(model, guide, args, kwargs, self.assignment.find, self.max_plate_nesting, self._slots)
+        program.analytic_kl = self.analytic_kl
         if self.costs == "graph":
             program.depends = self._dependencies
         if not self._sequential:
@@ -243,7 +249,8 @@ class EstimatorELBO(ELBO, nn.Module):
         if self._vimco is not None:
             return -importance_bound(self._vimco, group[0], self._particle_dim)[0]
         elbos = [run.weighted(run.elbo()) for run in group]
-        return -sum(elbos[1:], elbos[0]) / self.num_particles
+        total = -sum(elbos[1:], elbos[0])
+        return total if self.num_particles == 1 else total / self.num_particles
 
     @property
     def _particle_dim(self) -> int:
@@ -263,19 +270,23 @@ class EstimatorELBO(ELBO, nn.Module):
                     reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].subsamples))
             return reruns[kind]
 
-        total, updates = torch.zeros(()), []
+        totals, updates = [], []
         for run in group:
-            surrogate, losses = run.costs.path(), 0.0
+            parts, losses = run.costs.paths(), []
             for score in run.scores:
                 score.site.rerun = lambda kind, score=score: score.average_cost(rerun(kind))
                 term, loss, update = self._score_term(score, run, group)
                 score.site.rerun = None  # it holds the site: a cycle would keep the step's tensors alive
-                surrogate, losses = surrogate + term, losses + loss
+                parts.append(term)
+                if isinstance(loss, Tensor):
+                    losses.append(loss)
                 updates.append(update)
+            surrogate = sum(parts[1:], parts[0])
             if run.log_weight is not None:
                 surrogate = run.weighted(surrogate + run.elbo() * run.log_weight)
-            total = total - surrogate + losses
-        return total / self.num_particles, updates
+            totals.append(sum(losses, -surrogate))
+        total = sum(totals[1:], totals[0])
+        return total if self.num_particles == 1 else total / self.num_particles, updates
 
     def _score_term(self, score: ScoreSite, run: Run, group: list[Run]) -> tuple[Tensor, Any, Update]:
         """One site's share of the surrogate, its estimator's own loss, and the update of its running means."""
@@ -292,7 +303,8 @@ class EstimatorELBO(ELBO, nn.Module):
             cost = torch.stack(torch.broadcast_tensors(*(score.cost(other) for other in group)))
             own = torch.tensor([other is run for other in group], device=cost.device)
             log_prob = torch.where(own.reshape(own.shape + (1,) * (cost.dim() - 1)), log_prob, 0.0)
-        cost, log_prob = torch.broadcast_tensors(cost, log_prob)
+        if cost.shape != log_prob.shape:
+            cost, log_prob = torch.broadcast_tensors(cost, log_prob)
         weight = run.costs.weight(score.dims - {score.own_dim})
         if estimator.num_particles > 1 and not self._joint:
             cost, log_prob = cost.movedim(self._particle_dim, 0), log_prob.movedim(self._particle_dim, 0)
@@ -306,7 +318,8 @@ class EstimatorELBO(ELBO, nn.Module):
                 "attached to log_prob, got a detached tensor. Multiply the (detached) coefficients by site.log_prob."
             )
         value = value if weight is None else weight * value
-        return value.sum() * score.scale, loss, lambda: estimator.update(cost, site)
+        term = value.sum()
+        return term if score.scale == 1.0 else term * score.scale, loss, lambda: estimator.update(cost, site)
 
 
 class BaselineELBO(EstimatorELBO):

@@ -10,7 +10,7 @@ from typing import Any
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -82,6 +82,8 @@ class Program:
     Attributes:
         find: gives the estimator of a sample site, None for reparameterised ones.
         nesting: dims to the left of it belong to slots.
+        slots: whether an estimator may draw any.
+        analytic_kl: whether closed-form KL divergences stand for log-probabilities.
         depends: finds which terms depend on which draws; None to let all depend on all.
     """
 
@@ -91,6 +93,7 @@ class Program:
     kwargs: Any
     find: Callable[[Any], Estimator | None]
     nesting: float
+    slots: bool
     analytic_kl: bool = False
     depends: Dependencies | None = None
 
@@ -109,18 +112,24 @@ class Program:
             wrap: goes around the guide, outside of what draws the slots.
         """
         messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind)
-        guide = messenger(self.guide) if self.nesting != float("inf") or kind != "draw" else self.guide
+        guide = messenger(self.guide) if self.slots or kind != "draw" else self.guide
         guide = guide if wrap is None else wrap(guide)
+        tracer = poutine.trace(guide)
         try:
-            guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            guide_trace = tracer.get_trace(*self.args, **self.kwargs)
             model = poutine.replay(self.model, trace=guide_trace)
             model_trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         except (RuntimeError, TypeError) as error:
             if _BRANCHES.search(str(error)):
-                raise _branches_in_python(messenger, error) from error
+                nodes = tracer.msngr.trace.nodes.items()  # as far as it came
+                drawn = [
+                    (name, node) for name, node in nodes if node["type"] == "sample" and not site_is_subsample(node)
+                ]
+                found = {name: messenger.estimators.get(name) or self.find(node) for name, node in drawn}
+                raise _branches_in_python(found, error) from error
             raise
-        drawn = {name: node["value"] for name, node in guide_trace.nodes.items() if site_is_subsample(node)}
-        return self._read(*_log_probs(model_trace, guide_trace, self.nesting), messenger, drawn)
+        indices = {name: node["value"] for name, node in guide_trace.nodes.items() if site_is_subsample(node)}
+        return self._read(*_log_probs(model_trace, guide_trace, self.nesting), messenger, indices)
 
     def _read(self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger, subsamples: Any) -> Run:
         depends = {} if self.depends is None else self.depends.find(self, model_trace, guide_trace, subsamples)
@@ -160,7 +169,9 @@ def _log_probs(model_trace: Any, guide_trace: Any, nesting: float) -> tuple[Any,
     """As :func:`pyro.infer.enum.get_importance_trace` once the programs have run."""
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, nesting)
-    guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+    for trace in (guide_trace, model_trace):  # as prune_subsample_sites, but without a copy
+        for name in [name for name, node in trace.nodes.items() if site_is_subsample(node)]:
+            trace.remove_node(name)
     for name, node in model_trace.nodes.items():
         if node["type"] == "sample" and not node["is_observed"] and name not in guide_trace.nodes:
             raise ValueError(
@@ -236,11 +247,11 @@ def _vectorized(node: Any) -> frozenset[Frame]:
     return frozenset(frame for frame in node["cond_indep_stack"] if frame.vectorized)
 
 
-def _branches_in_python(messenger: EstimatorMessenger, error: Exception) -> ValueError:
+def _branches_in_python(estimators: Mapping[str, Estimator | None], error: Exception) -> ValueError:
     several = [
         f"'{name}' ({type(e).__name__})"
-        for name, e in messenger.estimators.items()
-        if e.draws_slots or e.num_particles > 1
+        for name, e in estimators.items()
+        if e is not None and (e.draws_slots or e.num_particles > 1)
     ]
     where = "site " + " or ".join(several) if several else "vectorised particles"
     return ValueError(
