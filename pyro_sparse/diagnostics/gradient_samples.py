@@ -190,9 +190,11 @@ class Sampler:
             else:  # as elbo(model, guide)(...).backward() does
                 self.elbo.differentiable_loss(model, program.guide, *program.args, **program.kwargs).backward()
         except Exception as error:  # whatever it is, say in which estimator
+            own = self.name == "enumeration"  # the report's, where no other reference was asked for
+            fix = "Pass reference=, the name of an estimator." if own else "Correct it, or leave this estimator out."
             raise ValueError(
                 f"gradient_report, estimator '{self.name}': expected an ELBO that runs on this model and guide, got "
-                f"{type(error).__name__}: {error} Correct it, or leave this estimator out."
+                f"{type(error).__name__}: {error} {fix}"
             ) from error
         self._synchronize()
         self.milliseconds.append(1e3 * (time.perf_counter() - start))

@@ -183,7 +183,11 @@ class EstimatorELBO(ELBO, nn.Module):
             self._prepare(model, guide, args, kwargs)
         particles = 1 if self.vectorize_particles else self.num_particles
         if self._joint:
-            yield [run for _ in range(particles) for run in self._particle(model, guide, args, kwargs)]
+            runs: list[Run] = []
+            for _ in range(particles):  # on one subsample: costs of other data would be no baseline
+                subsamples = runs[0].subsamples if runs else None
+                runs += self._particle(model, guide, args, kwargs, subsamples=subsamples)
+            yield runs
         else:
             for _ in range(particles):
                 yield list(self._particle(model, guide, args, kwargs))

@@ -112,7 +112,7 @@ class Program:
             wrap: goes around the guide, outside of what draws the slots.
         """
         messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind)
-        guide = messenger(self.guide) if self.slots or kind != "draw" else self.guide
+        guide = messenger(self.guide) if self.slots or subsamples or kind != "draw" else self.guide
         guide = guide if wrap is None else wrap(guide)
         tracer = poutine.trace(guide)
         try:

@@ -328,6 +328,27 @@ def test_mixed_estimators_are_unbiased(estimator: Any) -> None:
         assert (stacked.mean(0).abs() <= 5 * error + 1e-12).all(), (name, stacked.mean(0) / error)
 
 
+def test_particles_run_one_by_one_share_a_subsample() -> None:
+    """Else leave-one-out would compare the costs of different data."""
+    seen = []
+
+    def model() -> None:
+        with pyro.plate("data", 100, subsample_size=5) as batch:
+            seen.append(batch.tolist())
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=batch / 100.0)
+
+    def guide() -> None:
+        with pyro.plate("data", 100, subsample_size=5):
+            pyro.sample("z", dist.Bernoulli(logits=param("a", 0.3)))
+
+    elbo = EstimatorELBO(LeaveOneOut(3, vectorized=False))
+    for _ in range(2):
+        seen.clear()
+        elbo.loss_and_grads(model, guide)
+        assert len(seen) == 3 and seen[0] == seen[1] == seen[2]
+
+
 def test_graph_costs_have_less_variance_and_no_reparameterised_leak() -> None:
     """Two sites that do not see each other: each one's graph cost lacks the other's terms."""
 
