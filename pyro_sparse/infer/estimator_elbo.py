@@ -285,7 +285,7 @@ class EstimatorELBO(ELBO, nn.Module):
                 if isinstance(loss, Tensor):
                     losses.append(loss)
                 updates.append(update)
-            surrogate = sum(parts[1:], parts[0])
+            surrogate = sum(parts[1:], parts[0]) if parts else torch.zeros(())
             if run.log_weight is not None:
                 surrogate = run.weighted(surrogate + run.elbo() * run.log_weight)
             totals.append(sum(losses, -surrogate))
@@ -303,6 +303,11 @@ class EstimatorELBO(ELBO, nn.Module):
             )
         cost, log_prob = score.cost(run), site.log_prob
         if self._joint and estimator.num_particles > 1:
+            if len(group) != self.num_particles:
+                raise ValueError(
+                    f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__}(vectorized=False) without "
+                    "sequential enumeration at another site, got both. Draw that site, or use a baseline here."
+                )
             # The other particles' costs at this site; they may have taken another branch.
             cost = torch.stack(torch.broadcast_tensors(*(score.cost(other) for other in group)))
             own = torch.tensor([other is run for other in group], device=cost.device)

@@ -328,6 +328,13 @@ def test_mixed_estimators_are_unbiased(estimator: Any) -> None:
         assert (stacked.mean(0).abs() <= 5 * error + 1e-12).all(), (name, stacked.mean(0) / error)
 
 
+def test_one_by_one_beside_sequential_enumeration_is_refused() -> None:
+    guide = poutine.infer_config(branching_guide, config_fn=lambda s: {"enumerate": None} if s["name"] == "y" else {})
+    with pytest.raises(ValueError, match=r"site 'y'.*vectorized=False\) without sequential enumeration"):
+        for _ in range(20):  # y is in one of the branches
+            EstimatorELBO({"*": LeaveOneOut(2, vectorized=False)}).loss_and_grads(branching_model, guide, X)
+
+
 def test_particles_run_one_by_one_share_a_subsample() -> None:
     """Else leave-one-out would compare the costs of different data."""
     seen = []

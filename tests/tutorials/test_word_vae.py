@@ -1,4 +1,4 @@
-"""tutorials/words.py at a size that takes milliseconds: encoding, dims, masks, and the NLL against enumeration."""
+"""tutorials/word_vae.py at a size that takes milliseconds: encoding, dims, masks, and the NLL against enumeration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
+from pyro_sparse.infer import BaselineELBO
+
 TUTORIALS = Path(__file__).parents[2] / "tutorials"
 LIST = ["ir", "dar", "ido", "íbamos"]
 ALPHABET = "abdiorsmí"
@@ -21,9 +23,9 @@ ALPHABET = "abdiorsmí"
 @pytest.fixture
 def words(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(TUTORIALS)
-    import words
+    import word_vae
 
-    yield words
+    yield word_vae
 
 
 def tiny(words: ModuleType, num_bits: int = 3) -> torch.nn.Module:
@@ -79,6 +81,25 @@ def test_a_symbol_is_predicted_from_those_before_it(words: ModuleType) -> None:
     changed[0, 3] = 4 + ALPHABET.index("í")
     different = (vae.decoder(z, x) != vae.decoder(z, changed)).any(-1)[0]
     assert different.tolist() == [False] * 4 + [True] * 3
+
+
+def test_a_blind_decoder_does_not_see_the_word(words: ModuleType) -> None:
+    vae = words.WordVAE(4 + len(ALPHABET), 3, size=5, sees_past=False).eval()
+    x = words.encode(["dar", "ido"], ALPHABET)
+    logits = vae.decoder(torch.ones(2, 3), x)
+    torch.testing.assert_close(logits[0], logits[1])
+    assert not torch.allclose(logits, vae.decoder(torch.zeros(2, 3), x))
+
+
+def test_kl_weight_multiplies_the_kl_alone(words: ModuleType) -> None:
+    x, losses = words.encode(LIST, ALPHABET), {}
+    for weight in (1e-9, 1.0, 3.0):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        vae = words.WordVAE(4 + len(ALPHABET), 3, size=5, kl_weight=weight).eval()
+        losses[weight] = BaselineELBO(analytic_kl=True).loss(vae.model, vae.guide, x)
+    kl = words.elbo_and_kl(vae, x)[1] * len(x)
+    assert losses[1.0] - losses[1e-9] == pytest.approx(kl) and losses[3.0] - losses[1e-9] == pytest.approx(3 * kl)
 
 
 def test_nll_is_that_of_the_enumerated_bits(words: ModuleType) -> None:
