@@ -16,7 +16,7 @@ variance: E ||g - g_exact||^2 of the encoder's gradient g, over that of Trace_EL
 standard errors of its own (which leave out those of Trace_ELBO); g_exact enumerates all 10 or 1024 codes. float64.
 evaluations: of the decoder, for each image. ms: processor time of one loss_and_grads (with the gradients of a baseline,
 no optimiser), float32, one thread, median. ratio: to Trace_ELBO in the same round of interleaved runs, whose order is
-drawn anew for each round; median and quartiles.
+drawn anew for each round; median and quartiles. step: the same ratio for svi.step, Adam included.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class Case:
         self.vae, self.elbo = vae, elbo
         self.guide = vae.guide if infer is None else functools.partial(vae.guide, infer=infer)
         self.store: Any = {"params": {}, "constraints": {}}
+        self.svi = SVI(vae.model, self.guide, pyro.optim.Adam({"lr": 0.0}), loss=elbo)
 
     def run(self, x: Tensor) -> float:
         """Leaves the gradients of one minibatch; returns the processor time that they took."""
@@ -112,6 +113,13 @@ class Case:
         with pyro.get_param_store().scope(self.store):
             start = time.process_time()
             self.elbo.loss_and_grads(self.vae.model, self.guide, x)
+            return time.process_time() - start
+
+    def step(self, x: Tensor) -> float:
+        """The processor time of a whole ``svi.step``, at a learning rate of zero."""
+        with pyro.get_param_store().scope(self.store):
+            start = time.process_time()
+            self.svi.step(x)
             return time.process_time() - start
 
     def encoder_gradient(self, x: Tensor) -> Tensor:
@@ -241,7 +249,9 @@ def variances(vae: VAE, images: Tensor, args: argparse.Namespace) -> dict[str, t
     return table
 
 
-def times(rows: dict[str, Case], batches: Iterator[Tensor], args: argparse.Namespace) -> dict[str, list[float]]:
+def times(
+    rows: dict[str, Case], batches: Iterator[Tensor], args: argparse.Namespace, run: Callable[[Case, Tensor], float]
+) -> dict[str, list[float]]:
     """Seconds of each row in each round."""
     for case in rows.values():
         case.learn(batches, 2)
@@ -251,7 +261,7 @@ def times(rows: dict[str, Case], batches: Iterator[Tensor], args: argparse.Names
         x = next(batches)
         shuffle.shuffle(order)
         for name in order:
-            seconds[name].append(sum(rows[name].run(x) for _ in range(CALLS)) / CALLS)
+            seconds[name].append(sum(run(rows[name], x) for _ in range(CALLS)) / CALLS)
     return seconds
 
 
@@ -263,20 +273,21 @@ def table(kind: str, digits: Digits, args: argparse.Namespace) -> None:
     print(
         f"\n{kind}, {args.decoder} decoder, {'closed-form' if args.analytic_kl else 'sampled'} KL: after {args.steps} "
         f"steps ELBO {exact_elbo(vae, images):.2f} nats per image, entropy of q {entropy:.2f}\n"
-        f"{'':<24} evaluations   variance (+- 2 s.e.)        ms   ratio (quartiles)"
+        f"{'':<24} evaluations   variance (+- 2 s.e.)        ms   ratio (quartiles)   step"
     )
     measured = variances(vae, images, args)
     rows, batches = cases(vae, args.analytic_kl), minibatches(images, args.seed)
-    seconds = times(rows, batches, args)
+    seconds, whole = times(rows, batches, args, Case.run), times(rows, batches, args, Case.step)
     plain, _ = measured["Trace_ELBO"]
     for name, case in rows.items():
         variance, error = (value / plain for value in measured.get(name, (0.0, 0.0)))
         spread = "(the reference)" if name == REFERENCE else f"(+- {2 * error:7.1e})"
         ratios = [a / b for a, b in zip(seconds[name], seconds["Trace_ELBO"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
+        step = statistics.median(a / b for a, b in zip(whole[name], whole["Trace_ELBO"], strict=True))
         print(
             f"{name:<24} {case.evaluations(next(batches)):>11}   {variance:9.1e} {spread:<15}  "
-            f"{1e3 * statistics.median(seconds[name]):7.2f}   {middle:6.2f} ({low:.2f}-{high:.2f})",
+            f"{1e3 * statistics.median(seconds[name]):7.2f}   {middle:6.2f} ({low:.2f}-{high:.2f})   {step:5.2f}",
             flush=True,
         )
 
