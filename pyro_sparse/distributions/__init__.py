@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-import pyro_sparse.distributions.kl  # noqa: F401  (registers the KL divergences)
+import pyro_sparse.distributions.kl
+import pyro_sparse.distributions.kl_mixed  # noqa: F401  (both register KL divergences)
+from pyro_sparse.distributions.constraints import mixed_unit_interval
+from pyro_sparse.distributions.hard_concrete import HardConcrete
+from pyro_sparse.distributions.hard_kumaraswamy import HardKumaraswamy
+from pyro_sparse.distributions.mixed import MixedDistribution
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
+from pyro_sparse.distributions.rectified_normal import RectifiedNormal
 from pyro_sparse.distributions.sparse_categorical import SparseCategorical
 from pyro_sparse.distributions.sparse_support import MaskedSparseDistribution, SparseDistribution
+from pyro_sparse.distributions.spike_and_exponential import SpikeAndExponential
+from pyro_sparse.distributions.spike_and_slab import SpikeAndSlab
+from pyro_sparse.distributions.stretched_rectified import Rectified, StretchedRectified
+from pyro_sparse.distributions.zero_one_inflated import ZeroOneInflated
 
 __all__ = [
     # sparse: a projection of scores onto the simplex
     "SparseCategorical",
     "SparseOneHotCategorical",
+    # mixed: atoms at 0 and 1, a density between them
+    "HardConcrete",
+    "HardKumaraswamy",
+    "RectifiedNormal",
+    "StretchedRectified",
+    "Rectified",
+    "SpikeAndSlab",
+    "SpikeAndExponential",
+    "ZeroOneInflated",
+    "MixedDistribution",
+    "mixed_unit_interval",
     # what every distribution with a sparse support is, and what masking one gives
     "SparseDistribution",
     "MaskedSparseDistribution",

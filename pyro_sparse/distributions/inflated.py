@@ -1,0 +1,168 @@
+r"""A density and atoms that are chosen apart from it: what spike-and-slab and zero-one-inflated variables share."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Distribution
+
+from pyro_sparse._numerics import entropy_terms
+from pyro_sparse.distributions.constraints import interior_point
+from pyro_sparse.distributions.mixed import MixedDistribution, check_univariate, implicit
+
+
+class InflatedDistribution(MixedDistribution):
+    r"""
+    .. math:: Z = a \text{ with probability } P_a, \qquad Z \sim \text{slab with probability } 1 - \sum_a P_a.
+
+    Args:
+        slab: continuous and univariate; its own gradient (pathwise or score function) is kept.
+    """
+
+    slab: Any
+
+    def _set_slab(self, slab: Any, batch_shape: Size, validate_args: bool | None) -> None:
+        check_univariate(type(self).__name__, "slab", slab)
+        self.slab = slab
+        super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), validate_args=False)
+        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+
+    def _harmless(self) -> Tensor:
+        return interior_point(self.slab.support, self.prob_zero)
+
+    def _log_density(self, z: Tensor) -> Tensor:
+        return self._log_weights()[-1] + self.slab.log_prob(z)
+
+    def _inside_score(self, z: Tensor, log_inside: Tensor) -> Tensor:
+        # A slab that is drawn without a gradient brings a score of its own.
+        return log_inside + self.slab.score_parts(z).score_function
+
+    def has_rsample_(self, value: bool) -> MixedDistribution:
+        if value is True:
+            self._require_pathwise()
+        return super().has_rsample_(value)
+
+    def _require_pathwise(self) -> None:
+        self._require_cdf("rsample")
+
+    def _require_cdf(self, method: str) -> None:
+        if type(self.slab).cdf is Distribution.cdf:
+            raise NotImplementedError(
+                f"{type(self).__name__}.{method}: expected a slab with a cdf, got {type(self.slab).__name__}. Use "
+                "another slab; for gradients the default has_rsample=False needs no cdf."
+            )
+
+    # Draws.
+
+    def _slab_draw(self, shape: Size, *, attached: bool) -> Tensor:
+        slab = copy.copy(self.slab).expand(self._batch_shape)
+        if slab.has_rsample != self.slab.has_rsample:
+            slab.has_rsample_(self.slab.has_rsample)  # expand forgets what was chosen for an instance
+        size = shape[: len(shape) - len(self._batch_shape)]
+        return self._off_atoms(slab(size) if attached else slab.sample(size))
+
+    def _off_atoms(self, z: Tensor) -> Tensor:
+        """Moves a slab's draw that was rounded to an atom to the next number inside."""
+        return z
+
+    def _strata(self, shape: Size) -> Tensor:
+        """Numbers of the strata, the inside last."""
+        probs = self._stacked_weights().detach().exp().reshape(len(self._atoms) + 1, -1).T
+        size = shape[: len(shape) - len(self._batch_shape)]
+        draws = torch.multinomial(probs, size.numel(), replacement=True)
+        return draws.T.reshape(shape)
+
+    def _draw(self, shape: Size) -> Tensor:
+        return self._placed(self._strata(shape), self._slab_draw(shape, attached=False))
+
+    def _stratified(self, shape: Size) -> Tensor:
+        return self._placed(self._strata(shape), self._slab_draw(shape, attached=True))
+
+    def _placed(self, stratum: Tensor, z: Tensor) -> Tensor:
+        for i, atom in enumerate(self._atoms):
+            z = torch.where(stratum == i, atom, z)
+        return z
+
+    def _pathwise(self, z: Tensor) -> Tensor:
+        self._require_pathwise()
+        inside = torch.ones_like(z, dtype=torch.bool)
+        for atom in self._atoms:
+            inside = inside & (z != atom)
+        inner = self._inside(z)
+        log_mass, below = self._log_tail(inner)
+        return implicit(z, inside, below, log_mass, self._log_density(inner))
+
+    def _log_tail(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-mass on one side of a point inside, and whether that side is below."""
+        raise NotImplementedError
+
+    # Moments.
+
+    def _atoms_and_probs(self) -> list[tuple[float, Tensor]]:
+        return [(a, w.exp()) for a, w in zip(self._atoms, self._log_weights()[:-1], strict=True)]
+
+    @property
+    def mean(self) -> Tensor:
+        inside = self.prob_interior * self.slab.mean
+        return sum((a * p for a, p in self._atoms_and_probs()), inside).expand(self._batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        mean = self.mean
+        inside = self.prob_interior * (self.slab.variance + (self.slab.mean - mean).square())
+        return sum((p * (a - mean).square() for a, p in self._atoms_and_probs()), inside)
+
+    def entropy(self) -> Tensor:
+        r""":math:`-\sum_a P_a \log P_a - P \log P + P\, H(\text{slab})`, in nats w.r.t. the base measure."""
+        strata = self._atoms_entropy() + entropy_terms(self._log_weights()[-1])
+        return (strata + self.prob_interior * self.slab.entropy()).expand(self._batch_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable stratum: an atom, or the mean of the slab."""
+        return self._placed(self._stacked_weights().argmax(0), self.slab.mean.expand(self._batch_shape))
+
+    def _slab_cdf(self, z: Tensor) -> Tensor:
+        """The slab's cdf anywhere on the line: a slab may refuse points outside its support."""
+        self._require_cdf("cdf")
+        support = self.slab.support
+        ok, middle = support.check(z), interior_point(support, z)
+        return torch.where(ok, self.slab.cdf(torch.where(ok, z, middle)), (z > middle).to(z.dtype))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        r""":math:`\Pr(Z \le z)`, right-continuous, with a jump at each atom."""
+        if self._validate_args:
+            self._validate_sample(value)
+        result = self.prob_interior * self._slab_cdf(value)
+        for atom, prob in self._atoms_and_probs():
+            result = result + prob * (value >= atom)
+        return result.expand(torch.broadcast_shapes(result.shape, self._batch_shape))
+
+    def icdf(self, value: Tensor) -> Tensor:
+        r"""The smallest z with ``cdf(z) >= value``; differentiable in the parameters where the slab's is."""
+        if type(self.slab).icdf is Distribution.icdf:
+            raise NotImplementedError(
+                f"{type(self).__name__}.icdf: expected a slab with an icdf, got {type(self.slab).__name__}. "
+                "Use another slab, or invert cdf numerically."
+            )
+        like = self.prob_zero
+        u = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        u = u.expand(torch.broadcast_shapes(u.shape, self._batch_shape))
+        # Probability of the atoms so far, and of those that u is past.
+        before, taken = torch.zeros_like(like), torch.zeros_like(u)
+        stratum = torch.full_like(u, len(self._atoms), dtype=torch.long)
+        least, most = torch.full_like(u, -math.inf), torch.full_like(u, math.inf)
+        for i, (atom, prob) in enumerate(self._atoms_and_probs()):
+            below = self.prob_interior * self._slab_cdf(torch.full_like(like, atom)) + before
+            at, past = (u <= below + prob) & ((u > below) | (below <= 0)), u > below + prob
+            before = before + prob
+            stratum, taken = torch.where(at, i, stratum), torch.where(past, before, taken)
+            least, most = torch.where(past, atom, least), torch.where(past | (most < atom), most, atom)
+        v = torch.where(stratum < len(self._atoms), 0.5, (u - taken) / self.prob_interior)
+        # The slab's own quantile may be on the other side of an atom only by rounding.
+        z = self.slab.icdf(v.clamp(0.0, 1.0)).maximum(least).minimum(most)
+        return self._placed(stratum, z)

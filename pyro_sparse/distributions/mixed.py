@@ -1,0 +1,337 @@
+r"""
+What the mixed families share: probability on atoms, a density between them, and a gradient that sees both.
+
+.. math:: p(z) = \begin{cases} P_a & z = a \text{ an atom} \\ f(z) & \text{elsewhere} \end{cases}
+   \qquad\text{w.r.t. } \sum_a \delta_a + \text{Lebesgue}, \qquad \sum_a P_a + \int f = 1.
+
+:math:`\log p` jumps between an atom and its neighbourhood. So the pathwise derivative of :math:`E[\log p(Z)]` misses
+a term: the boundary moves, and with it the probability of either side. The default draw is therefore *stratified*.
+Which stratum a draw falls into (an atom, or between them) is discrete and has a score function; where it lies inside is
+pathwise. Both parts go to Pyro's ELBOs through ``score_parts``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
+from torch import Size, Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
+
+from pyro_sparse._numerics import entropy_terms
+from pyro_sparse.distributions.constraints import mixed_unit_interval
+from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
+
+
+class MixedDistribution(TorchDistribution):
+    r"""
+    A univariate distribution with atoms and a density between them.
+
+    A family implements :meth:`_log_weights`, :meth:`_log_density`, :meth:`_draw`, :meth:`_pathwise`,
+    :meth:`_inside_pathwise`, moments, entropy, ``cdf`` and ``icdf``.
+
+    Three ways to draw:
+
+    ========================== ======================================================= ==============================
+    ``sample()``               no gradient
+    ``d()``, ``pyro.sample``   pathwise inside its stratum; ``score_parts`` has the     unbiased under ``Trace_ELBO``,
+                               score of the stratum (``has_rsample`` is False)          ``TraceGraph_ELBO`` and ours
+    ``rsample()``, and ``d()`` pathwise through the whole quantile function:            with an analytic KL only;
+    after                      unbiased for :math:`E[h(Z)]`, h continuous; **biased**   needed by
+    ``has_rsample_(True)``     for the jumps of :math:`\log p`                          ``TraceMeanField_ELBO``
+    ========================== ======================================================= ==============================
+
+    ``TraceMeanField_ELBO`` refuses the default form while Pyro's validation is on, and loses its score part with
+    validation off. Draws are differentiable once.
+    """
+
+    has_rsample = False
+    support = mixed_unit_interval
+    #: where the atoms are
+    _atoms: ClassVar[tuple[float, ...]] = (0.0, 1.0)
+    #: parameters that `expand` expands
+    _tensors: ClassVar[tuple[str, ...]] = ()
+
+    def _log_weights(self) -> tuple[Tensor, ...]:
+        """The log-probability of each atom, and of what lies between them, last."""
+        raise NotImplementedError
+
+    def _log_density(self, z: Tensor) -> Tensor:
+        """log f, normalised to the probability of the inside; z is inside."""
+        raise NotImplementedError
+
+    def _harmless(self) -> float | Tensor:
+        """A point inside, put in place of an atom before a density is evaluated."""
+        return 0.5
+
+    def _draw(self, shape: Size) -> Tensor:
+        """A draw of this full shape, without gradient."""
+        raise NotImplementedError
+
+    def _pathwise(self, z: Tensor) -> Tensor:
+        """A draw with the gradient of the quantile function, atoms staying where they are."""
+        raise NotImplementedError
+
+    def _stratified(self, shape: Size) -> Tensor:
+        """A draw with the gradient of the quantile function given its stratum."""
+        raise NotImplementedError
+
+    def _inside_score(self, z: Tensor, log_inside: Tensor) -> Tensor:
+        """What of the inside :meth:`_stratified` leaves to the score function: its probability, by default."""
+        return log_inside
+
+    # Draws.
+
+    def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        with torch.no_grad():
+            return self._draw(self._extended_shape(Size(sample_shape)))
+
+    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """A draw through the quantile function, whatever ``has_rsample`` says; see the class for when it is right."""
+        return self._pathwise(self.sample(sample_shape))
+
+    def __call__(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """What ``pyro.sample`` draws: pathwise in full or inside the stratum, by ``has_rsample``."""
+        return (
+            self.rsample(sample_shape)
+            if self.has_rsample
+            else self._stratified(self._extended_shape(Size(sample_shape)))
+        )
+
+    def has_rsample_(self, value: bool) -> MixedDistribution:
+        """Chooses, in place, the purely pathwise draw (True) or the stratified one (False)."""
+        if value is not True and value is not False:
+            raise ValueError(f"{type(self).__name__}.has_rsample_: expected True or False, got {value!r}. Give a bool.")
+        self.has_rsample = value
+        return self
+
+    # Densities.
+
+    def _inside(self, z: Tensor) -> Tensor:
+        """z with a harmless point where it is an atom or outside the support."""
+        atom = ~self.support.check(z)
+        for a in self._atoms:
+            atom = atom | (z == a)
+        return torch.where(atom, self._harmless(), z)
+
+    def _by_stratum(self, z: Tensor, at_atoms: tuple[Tensor, ...], inside: Tensor) -> Tensor:
+        for atom, at_atom in zip(self._atoms, at_atoms, strict=True):
+            inside = torch.where(z == atom, at_atom, inside)
+        return inside
+
+    def _log_inside(self, z: Tensor) -> Tensor:
+        """log f at points between 0 and 1, -inf where there is no density."""
+        return torch.where(self.support.check(z), self._log_density(self._inside(z)), -math.inf)
+
+    def _check_value(self, value: Any) -> None:
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__}.log_prob: expected a floating-point value, got {value.dtype}. "
+                "Convert it, e.g. by .float()."
+            )
+        self._validate_sample(value)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""
+        The log-probability of an atom, the log-density elsewhere, -inf outside the support (with validation: an error).
+
+        Args:
+            value: floating-point, broadcastable with ``batch_shape``.
+        """
+        return self.score_parts(value).log_prob
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """The log-probability, which is also the entropy term, and that of the stratum as the score function."""
+        if self._validate_args:
+            self._check_value(value)
+        *atoms, log_inside = self._log_weights()
+        z = self._inside(value)
+        log_prob = self._by_stratum(value, tuple(atoms), self._log_density(z))
+        if not self._validate_args:
+            log_prob = torch.where(self.support.check(value) | value.isnan(), log_prob, -math.inf)
+        log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, self._batch_shape))
+        if self.has_rsample:
+            return ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]  # as Pyro's own
+        stratum = self._by_stratum(value, tuple(atoms), self._inside_score(z, log_inside))
+        return ScoreParts(log_prob, stratum.expand(log_prob.shape), log_prob)
+
+    # Probabilities of the strata.
+
+    def _stacked_weights(self) -> Tensor:
+        return torch.stack([w.expand(self._batch_shape) for w in self._log_weights()])
+
+    def _weight(self, index: int) -> Tensor:
+        return self._log_weights()[index].exp().expand(self._batch_shape)
+
+    @property
+    def prob_zero(self) -> Tensor:
+        r""":math:`\Pr(Z = 0)`, shape ``batch_shape``."""
+        return self._weight(0)
+
+    @property
+    def prob_one(self) -> Tensor:
+        r""":math:`\Pr(Z = 1)` as an atom, shape ``batch_shape``."""
+        return self._weight(1) if len(self._atoms) > 1 else torch.zeros_like(self.prob_zero)
+
+    @property
+    def prob_interior(self) -> Tensor:
+        """The probability of being no atom, shape ``batch_shape``."""
+        return self._weight(-1)
+
+    @property
+    def prob_nonzero(self) -> Tensor:
+        r""":math:`\Pr(Z \ne 0)`, the expected :math:`L_0` norm, shape ``batch_shape``; exact where it is tiny."""
+        return self._stacked_weights()[1:].logsumexp(0).exp()
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.variance.sqrt()
+
+    def _atoms_entropy(self) -> Tensor:
+        terms = [entropy_terms(w) for w in self._log_weights()[:-1]]
+        return sum(terms[1:], terms[0])
+
+    def point_estimate(self, kind: str = "mean") -> Tensor:
+        r"""
+        One value to use in place of a draw, e.g. at test time.
+
+        Args:
+            kind: ``"mean"``; ``"median"`` (``icdf(0.5)``); ``"mode"``: the most probable of the atoms and the inside,
+                the inside standing for its conditional mean; ``"l0"``, only of a HardConcrete: the rule of
+                Louizos et al. (2018), eq. 13, which is none of the three.
+
+        Returns:
+            Shape ``batch_shape``.
+        """
+        if kind == "mean":
+            return self.mean
+        if kind == "median":
+            return self.icdf(torch.full((), 0.5, dtype=self.prob_zero.dtype, device=self.prob_zero.device))
+        if kind == "mode":
+            return self.mode
+        raise ValueError(
+            f"{type(self).__name__}.point_estimate: expected 'mean', 'median' or 'mode' (or 'l0' of a HardConcrete), "
+            f"got {kind!r}. Name one of them."
+        )
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable stratum: an atom, or the mean given that it is none."""
+        prob = self.prob_interior
+        inside = (self.mean - self.prob_one) / torch.where(prob > 0, prob, 1.0)
+        best = self._stacked_weights().argmax(0)
+        for i, atom in enumerate(self._atoms):
+            inside = torch.where(best == i, atom, inside)
+        return inside
+
+    # Wrappers.
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixedDistribution:
+        """A view with a larger batch shape; flags are kept."""
+        batch_shape = Size(batch_shape)
+        if torch.broadcast_shapes(self._batch_shape, batch_shape) != batch_shape:
+            raise ValueError(
+                f"{type(self).__name__}.expand: expected a shape that {tuple(self._batch_shape)} broadcasts to, got "
+                f"{tuple(batch_shape)}. Only dims of size one, or new ones on the left, can grow."
+            )
+        new: MixedDistribution = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        for name in self._tensors:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(new, name, value.expand(batch_shape + self._event_of(name)))
+        new._batch_shape = batch_shape
+        return new
+
+    def _event_of(self, name: str) -> Size:
+        """The dims of a parameter to the right of the batch's."""
+        return Size()
+
+    def mask(self, mask: bool | Tensor) -> MaskedMixed:
+        """The distribution whose log_prob is zero where ``mask`` is False, with the same draws and score parts."""
+        return MaskedMixed.of(self, mask)
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        """The rightmost batch dims become event dims, with the same draws and score parts."""
+        return IndependentMixed.of(self, reinterpreted_batch_ndims)
+
+
+class _ImplicitDraw(torch.autograd.Function):
+    r"""
+    A draw whose dependence on the parameters is given by :math:`M(z(\theta), \theta)` being constant.
+
+    .. math:: \frac{dz}{d\theta} = -\frac{\partial_\theta M}{\partial_z M}
+       = \mp \frac{M}{f}\, \partial_\theta \log M,
+
+    M the mass below the draw (:math:`\partial_z M = f`) or above it (:math:`\partial_z M = -f`). M. Figurnov et al.,
+    *Implicit reparameterization gradients*, NeurIPS 2018, eq. 5.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, log_mass: Tensor, log_density: Tensor, sign: Tensor) -> Tensor:
+        # The exponent is masked first: where a draw has no gradient the ratio may be inf, and 0 * inf is NaN.
+        ctx.save_for_backward(sign * torch.where(sign == 0, 0.0, log_mass - log_density).exp())
+        return z.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return None, grad * slope, None, None
+
+
+def implicit(z: Tensor, inside: Tensor, below: Tensor, log_mass: Tensor, log_density: Tensor) -> Tensor:
+    """
+    Gives draws the gradient that keeps their log-mass constant.
+
+    Args:
+        z: draws.
+        inside: where they have a gradient.
+        below: where ``log_mass`` is of what lies below the draw; elsewhere of what lies above.
+        log_mass: finite throughout.
+        log_density: at the draw, normalised as the mass is.
+    """
+    sign = torch.where(inside, torch.where(below, -1.0, 1.0), 0.0).to(z.dtype)
+    z, log_mass, log_density, sign = torch.broadcast_tensors(z, log_mass, log_density.detach(), sign)
+    return _draw_implicitly(z, log_mass, log_density, sign)
+
+
+def _draw_implicitly(*args: Tensor) -> Tensor:
+    # TraceGraph_ELBO follows dependencies by tensors of a class of its own, which an autograd.Function does not see.
+    if has_torch_function(args):
+        return handle_torch_function(_draw_implicitly, args, *args)
+    return _ImplicitDraw.apply(*args)
+
+
+def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, expected: str, fix: str) -> None:
+    """Raises in the house's form where a parameter is not ok."""
+    if not (ok if isinstance(ok, bool) else bool(ok.all())):
+        got = value if not isinstance(value, Tensor) else _example(value.detach(), ok)
+        raise ValueError(f"{owner}.{name}: expected {expected}, got {got}. {fix}")
+
+
+def _example(value: Tensor, ok: Tensor | bool) -> float:
+    return float(value if isinstance(ok, bool) else value.expand(ok.shape)[~ok][0])
+
+
+def check_univariate(owner: str, name: str, d: Any) -> None:
+    """A continuous univariate distribution without atoms."""
+    if not isinstance(d, TorchDistributionMixin):
+        raise TypeError(
+            f"{owner}.{name}: expected a Pyro distribution, got {type(d).__name__}. Build one of pyro.distributions."
+        )
+    if len(d.event_shape):
+        raise ValueError(
+            f"{owner}.{name}: expected a univariate distribution, got {type(d).__name__} with event shape "
+            f"{tuple(d.event_shape)}. Apply to_event after mixing, not before."
+        )
+    if isinstance(d, MixedDistribution) or d.support.is_discrete:
+        raise ValueError(
+            f"{owner}.{name}: expected a continuous distribution, got {type(d).__name__}, which has atoms. "
+            "Use one with a density, e.g. Normal or Beta."
+        )

@@ -1,0 +1,177 @@
+r"""A continuous variable clamped to [0, 1]: what falls outside becomes the atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Size, Tensor
+
+from pyro_sparse._numerics import panels
+from pyro_sparse.distributions.mixed import MixedDistribution, implicit
+
+
+class Point(NamedTuple):
+    """Nodes of a quadrature: z, weights with respect to Lebesgue measure, and what else a family knows of them."""
+
+    z: Tensor
+    weights: Tensor
+    stretch: tuple[Any, Any] | None = None
+    log_parts: tuple[Tensor, Tensor] | None = None
+
+
+class RectifiedDistribution(MixedDistribution):
+    r"""
+    .. math:: Z = \min(1, \max(0, T)), \qquad \Pr(Z = 0) = F_T(0), \quad \Pr(Z = 1) = 1 - F_T(1), \quad f = f_T.
+
+    A family gives the mass of T on each side in log space, its density and its quantiles; everything else follows.
+    The moments, the entropy and the KL divergence have their atoms exactly, and integrate the inside by Gauss-Legendre
+    quadrature on panels. A panel ends where the density gathers or where its logarithm bends, so that on each the
+    integrand is smooth and the rule converges exponentially. The default number of nodes gives 1e-10 (absolute, or
+    relative to values above one) for all parameters that we tried, extreme ones included.
+    """
+
+    #: how many nodes each panel has, None for the family's default
+    nodes: int | None
+    #: whether the density is positive on all of (0, 1)
+    _positive: ClassVar[bool] = True
+
+    def _log_cdf(self, z: Tensor) -> Tensor:
+        """log F_T(z), finite where F_T(z) > 0 in exact arithmetic."""
+        raise NotImplementedError
+
+    def _log_sf(self, z: Tensor) -> Tensor:
+        """log (1 - F_T(z)), never by subtraction from one."""
+        raise NotImplementedError
+
+    def _log_mass(self, a: Tensor, b: Tensor) -> Tensor:
+        """log (F_T(b) - F_T(a)) for a < b, without cancellation."""
+        raise NotImplementedError
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        """T at the probability u, before it is clamped."""
+        raise NotImplementedError
+
+    @property
+    def _zero(self) -> Tensor:
+        """A scalar zero of the parameters' dtype, on their device."""
+        raise NotImplementedError
+
+    def _log_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        zero = self._zero
+        return self._log_cdf(zero), self._log_sf(zero + 1), self._log_mass(zero, zero + 1)
+
+    @property
+    def prob_nonzero(self) -> Tensor:
+        return self._log_sf(self._zero).exp().expand(self._batch_shape)
+
+    # Draws.
+
+    def _draw(self, shape: Size) -> Tensor:
+        eps = torch.finfo(self._zero.dtype)
+        u = torch.rand(shape, dtype=self._zero.dtype, device=self._zero.device)
+        return self._quantile(u.clamp(eps.tiny, 1 - eps.eps)).clamp(0.0, 1.0)
+
+    def _pathwise(self, z: Tensor) -> Tensor:
+        inside = (z > 0) & (z < 1)
+        inner = self._inside(z)
+        log_below, log_above = self._log_cdf(inner), self._log_sf(inner)
+        below = (log_below < log_above).detach()
+        return implicit(z, inside, below, torch.where(below, log_below, log_above), self._log_density(inner))
+
+    def _stratified(self, shape: Size) -> Tensor:
+        with torch.no_grad():
+            z = self._draw(shape)
+        inside = (z > 0) & (z < 1)
+        inner = self._inside(z)
+        # The gradient of the conditional quantile is the same from either end of [0, 1]; a sum of masses cancels less
+        # from the nearer one.
+        below = inner < 0.5
+        log_inside = self._log_mass(self._zero, self._zero + 1)
+        log_mass = self._log_mass(torch.where(below, 0.0, inner), torch.where(below, inner, 1.0)) - log_inside
+        return implicit(z, inside, below, log_mass, self._log_density(inner) - log_inside)
+
+    # Distribution functions.
+
+    def cdf(self, value: Tensor) -> Tensor:
+        r""":math:`\Pr(Z \le z)`, right-continuous: it jumps to :math:`\Pr(Z = 0)` at 0 and to 1 at 1."""
+        if self._validate_args:
+            self._validate_sample(value)
+        inner = self._log_cdf(value.clamp(0.0, 1.0)).exp()
+        inner = torch.where(value < 0, 0.0, torch.where(value >= 1, 1.0, inner))
+        return inner.expand(torch.broadcast_shapes(inner.shape, self._batch_shape))
+
+    def icdf(self, value: Tensor) -> Tensor:
+        r"""The smallest z with ``cdf(z) >= value``, in [0, 1]; differentiable in the parameters."""
+        u = torch.as_tensor(value, dtype=self._zero.dtype, device=self._zero.device)
+        u = u.expand(torch.broadcast_shapes(u.shape, self._batch_shape))
+        with torch.no_grad():
+            z = self._quantile(u).clamp(0.0, 1.0)
+        return self._pathwise(z)
+
+    # Integrals over the inside.
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """The coordinate of the quadrature where integration begins and ends."""
+        return self._zero, self._zero + 1
+
+    def _peaks(self) -> list[Tensor]:
+        """Coordinates at which the density gathers, where it integrates."""
+        raise NotImplementedError
+
+    def _kinks(self) -> list[Tensor]:
+        """Points z near which log f bends, where another density integrates it."""
+        raise NotImplementedError
+
+    def _coordinate(self, z: Tensor) -> Tensor:
+        """The coordinate in which the inside is integrated, z itself by default."""
+        return z
+
+    def _default_nodes(self) -> int:
+        raise NotImplementedError
+
+    def _point(self, y: Tensor, weights: Tensor) -> Point:
+        """What is at the coordinate y."""
+        return Point(y, weights)
+
+    def _log_density_at(self, point: Point) -> Tensor:
+        return self._log_density(point.z)
+
+    @torch.no_grad()
+    def _nodes(self, shape: Size, kinks: list[Tensor]) -> Point:
+        """All nodes, in front of a batch shape; where they are is not differentiated, as no integral depends on it."""
+        first, last = (b.expand(shape) for b in self._bounds())
+        inner = [*self._peaks(), *(self._coordinate(z.clamp(0.0, 1.0)) for z in kinks)]
+        inner = [b.expand(shape).maximum(first).minimum(last) for b in inner]
+        if len(inner) == 2:  # by far the most frequent, and sort is slow
+            inner = [torch.minimum(*inner), torch.maximum(*inner)]
+        elif inner:
+            inner = list(torch.stack(inner).sort(0).values)
+        y, weights = panels(torch.stack([first, *inner, last]), self.nodes or self._default_nodes())
+        return self._point(y, weights)
+
+    def _integral(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The integral over (0, 1) of f(z) times ``of(z, log f(z))``."""
+        point = self._nodes(self._batch_shape, self._own_kinks())
+        log_density = self._log_density_at(point)
+        return (point.weights * log_density.exp() * of(point.z, log_density)).sum(0)
+
+    def _own_kinks(self) -> list[Tensor]:
+        """Points z near which f log f bends beside the peak."""
+        return []
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.prob_one + self._integral(lambda z, _: z)).expand(self._batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        mean = self.mean
+        inside = self._integral(lambda z, _: (z - mean).square())
+        return inside + self.prob_zero * mean.square() + self.prob_one * (1 - mean).square()
+
+    def entropy(self) -> Tensor:
+        r""":math:`-\sum_a P_a \log P_a - \int_0^1 f \log f`, in nats w.r.t. the base measure."""
+        inside = self._integral(lambda _, log_density: -log_density)
+        return (self._atoms_entropy() + inside).expand(self._batch_shape)
