@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -62,7 +61,6 @@ def log_ndtr(x: Tensor) -> Tensor:
     return torch.where(far, log_tail, torch.special.log_ndtr(torch.where(far, -1.0, x)))
 
 
-@functools.cache
 def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
     # Golub and Welsch (1969): the nodes are the eigenvalues of the Jacobi matrix of the Legendre polynomials.
     n = torch.arange(1, count, dtype=torch.float64)
@@ -73,12 +71,18 @@ def _gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
     return (1 + nodes) / 2, (weights + weights.flip(0)) / 2
 
 
+# Not functools.cache, which torch.compile warns of.
+_rules: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 def gauss_legendre(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     r"""
     The nodes and weights with :math:`\int_0^1 f \approx \sum_i w_i f(x_i)`, exact for polynomials of degree
     2 ``count`` - 1; both of shape ``(count,)``, dtype and device of ``like``.
     """
-    nodes, weights = _gauss_legendre(count)
+    if count not in _rules:
+        _rules[count] = _gauss_legendre(count)
+    nodes, weights = _rules[count]
     return nodes.to(like), weights.to(like)
 
 

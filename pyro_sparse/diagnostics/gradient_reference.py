@@ -33,6 +33,7 @@ class Reference:
         sampler: one of the estimators, or one of its own.
         extra: the sampler of its own, by a name, if there is one.
         count: how many gradients that one draws.
+        analytic: whether only an analytic KL divergence is unbiased.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Reference:
     sampler: Sampler | None = None
     extra: dict[str, Sampler] = field(default_factory=dict)
     count: int = 0
+    analytic: bool = False
     _order: list[Sampler] = field(default_factory=list)  # whose direction is which row of the sampler's directions
 
     def begin_second_half(self, samplers: Mapping[str, Sampler]) -> None:
@@ -61,7 +63,7 @@ class Reference:
             self.sampler.moments.directions = torch.cat(rows)
 
     def _take_best(self, samplers: Mapping[str, Sampler]) -> None:
-        trusted = {name: s for name, s in samplers.items() if s.objective == "elbo" and is_unbiased(s.elbo)}
+        trusted = {n: s for n, s in samplers.items() if s.objective == "elbo" and is_unbiased(s.elbo, self.analytic)}
         if not trusted:
             self.text = f"none, and so no bias ({self.text}; no estimator is unbiased by construction)"
             return
@@ -101,6 +103,9 @@ def choose_reference(
         sampler.warm_up(warmup)
         text = f"the mean of {num_samples} gradients of the {type(given).__name__} given"
         return Reference(text, sampler=sampler, extra={"reference": sampler}, count=num_samples)
+    if program.jumps:
+        where = ", ".join(repr(name) for name in sorted(program.jumps))
+        return Reference(f"has_rsample_(True) at {where}, right with analytic KL divergences only", analytic=True)
     run = (program.model, program.guide, program.args, program.kwargs)
     one_by_one = why_one_by_one(*run)
     strategy, max_outcomes, how = "parallel", MAX_OUTCOMES, ""
@@ -125,8 +130,10 @@ def choose_reference(
     return Reference(text, sampler=sampler, extra={"enumeration": sampler}, count=count)
 
 
-def is_unbiased(elbo: ELBO) -> bool:
-    """Whether it is one of Pyro's or ours whose gradient is the ELBO's in expectation."""
+def is_unbiased(elbo: ELBO, analytic: bool = False) -> bool:
+    """Whether it is one of Pyro's or ours whose gradient is the ELBO's in expectation, or if it has analytic KLs."""
+    if analytic and not (type(elbo) is TraceMeanField_ELBO or getattr(elbo, "analytic_kl", False)):
+        return False
     if type(elbo) in (EstimatorELBO, BaselineELBO):
         assert isinstance(elbo, nn.Module)
         parts = [part for part in elbo.modules() if isinstance(part, (Estimator, Baseline))]

@@ -19,6 +19,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_sparse.diagnostics.gradient_moments import Moments
+from pyro_sparse.distributions.mixed import MixedDistribution
+from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import PARAM_PREFIX
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
@@ -38,6 +40,7 @@ class Program:
         leaves: those and the model's.
         registered: whether Pyro's param store holds any of them: ``loss_and_grads`` differentiates only then.
         rows: of log-probabilities at the model's observed sites, in an ordinary run.
+        jumps: guide sites with atoms that are drawn purely pathwise: a drawn KL divergence has a biased gradient.
     """
 
     model: Callable[..., Any]
@@ -48,6 +51,7 @@ class Program:
     leaves: list[Tensor] = field(default_factory=list)
     registered: bool = False
     rows: float = 0.0
+    jumps: set[str] = field(default_factory=set)
 
     def look(self) -> None:
         """Fills in the attributes."""
@@ -57,6 +61,7 @@ class Program:
             guide_trace, model_trace = run_once(counter(self.model), self.guide, self.args, self.kwargs)
             guides.update(_leaves(guide_trace))
             models.update(_leaves(model_trace))
+            self.jumps.update(name for name in guide_trace.stochastic_nodes if _jumps(guide_trace.nodes[name]["fn"]))
             self.registered |= bool(guide_trace.param_nodes or model_trace.param_nodes)
         for module, found in ((self.guide, guides), (self.model, models)):
             if isinstance(module, nn.Module):
@@ -74,6 +79,10 @@ class Program:
     def eps(self) -> float:
         """The rounding error of the least precise parameter."""
         return max(torch.finfo(p.dtype).eps for p in self.parameters)
+
+
+def _jumps(fn: Any) -> bool:
+    return isinstance(fn, (MixedDistribution, MaskedMixed, IndependentMixed)) and bool(fn.has_rsample)
 
 
 def _leaves(trace: poutine.Trace) -> dict[int, Tensor]:

@@ -70,7 +70,8 @@ class HardConcrete(Stretched):
         super().__init__(self.logits, low, high, nodes, validate_args)
         if self._validate_args:
             name = type(self).__name__
-            checked(name, "temperature", self.temperature, self.temperature > 0, "a positive number", "Use e.g. 2 / 3.")
+            ok = (self.temperature > 0) & self.temperature.isfinite()
+            checked(name, "temperature", self.temperature, ok, "a positive number", "Use e.g. 2 / 3.")
             checked(name, "logits", self.logits, self.logits.isfinite(), "a finite number", "Check the network.")
 
     def _logistic(self, z: Tensor) -> Tensor:
@@ -94,17 +95,16 @@ class HardConcrete(Stretched):
         # log sigma(x) + log sigma(-x) with one of the two
         return self.temperature.log() + (2 * logsigmoid(x) - x) - (log_k + log_rest + self._log_width)
 
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        # Beyond these points is less than e^-33 of the mass.
-        first, last = super()._bounds()
-        tails = (self.logits - 33) / self.temperature, (self.logits + 33) / self.temperature
-        return tails[0].maximum(first).minimum(last), tails[1].maximum(first).minimum(last)
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        # L is farther out with probability e^-33.
+        first, last = (self.logits - 33) / self.temperature, (self.logits + 33) / self.temperature
+        return self._unstretched(first), self._unstretched(last)
 
     def _peaks(self) -> list[Tensor]:
-        return [self.logits / self.temperature]
+        return [self._unstretched(self.logits / self.temperature)]
 
     def _kinks(self) -> list[Tensor]:
-        return [self.low + (self.high - self.low) * torch.sigmoid(self.logits / self.temperature)]
+        return self._peaks()
 
     def _quantile(self, u: Tensor) -> Tensor:
         k = torch.sigmoid((torch.logit(u) + self.logits) / self.temperature)

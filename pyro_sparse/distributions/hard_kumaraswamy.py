@@ -97,22 +97,20 @@ class HardKumaraswamy(Stretched):
         a, b = self.concentration1, self.concentration0
         return a.log() + b.log() + (a - 1) * log_k + (b - 1) * log1mexp(a * log_k) - self._log_width
 
-    def _logit_at(self, hazard: Tensor) -> Tensor:
-        """logit k where H is this."""
+    def _point_of(self, hazard: Tensor) -> Tensor:
+        """The z at which H is this."""
         log_k = log1mexp(-hazard) / self.concentration1
-        return log_k - log1mexp(log_k)
+        return self._unstretched(log_k - log1mexp(log_k))
 
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        # Beyond these points is less than e^-33 of the mass.
-        first, last = super()._bounds()
-        tails = self._logit_at(math.exp(-33) / self.concentration0), self._logit_at(33 / self.concentration0)
-        return tails[0].maximum(first).minimum(last), tails[1].maximum(first).minimum(last)
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        # b H is exponential: beyond these points it is with probability e^-33.
+        return self._point_of(math.exp(-33) / self.concentration0), self._point_of(33 / self.concentration0)
 
     def _peaks(self) -> list[Tensor]:
-        return [self._logit_at((1 / self.concentration0).clamp(max=1.0))]
+        return [self._point_of((1 / self.concentration0).clamp(max=1.0))]
 
     def _kinks(self) -> list[Tensor]:
-        return [self.low + (self.high - self.low) * torch.sigmoid(self.concentration1.log())]
+        return [self._unstretched(self.concentration1.log())]
 
     def _quantile(self, u: Tensor) -> Tensor:
         # From the tail that is not near one: H = -log(1 - u) / b, then a log k = log(1 - exp(-H)).

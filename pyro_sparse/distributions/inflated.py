@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Uniform, constraints
 
 from pyro_sparse._numerics import entropy_terms
-from pyro_sparse.distributions.constraints import interior_point
+from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
 from pyro_sparse.distributions.mixed import MixedDistribution, check_univariate, implicit
+from pyro_sparse.distributions.quadrature import Stretch, nearly_none
 
 
 class InflatedDistribution(MixedDistribution):
@@ -25,11 +26,19 @@ class InflatedDistribution(MixedDistribution):
 
     slab: Any
 
+    @property
+    def _stretch(self) -> Stretch:
+        return None if isinstance(self.slab, Uniform) else nearly_none(self.prob_zero)
+
     def _set_slab(self, slab: Any, batch_shape: Size, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "slab", slab)
         self.slab = slab
         super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return MixedConstraint(self.slab.support, self._atoms)
 
     def _harmless(self) -> Tensor:
         return interior_point(self.slab.support, self.prob_zero)
@@ -151,6 +160,8 @@ class InflatedDistribution(MixedDistribution):
             )
         like = self.prob_zero
         u = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        if self._validate_args:
+            self._check_probability(u)
         u = u.expand(torch.broadcast_shapes(u.shape, self._batch_shape))
         # Probability of the atoms so far, and of those that u is past.
         before, taken = torch.zeros_like(like), torch.zeros_like(u)

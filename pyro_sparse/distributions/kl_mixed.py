@@ -55,16 +55,15 @@ def _atoms_kl(p: MixedDistribution, q: MixedDistribution) -> Tensor:
 @register_kl(RectifiedDistribution, InflatedDistribution)
 def _kl_rectified(p: RectifiedDistribution, q: MixedDistribution) -> Tensor:
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    atoms = _atoms_kl(p, q)
+    atoms, points = _atoms_kl(p, q), p._points(q)
     rectified = isinstance(q, RectifiedDistribution)
-    point = p._nodes(shape, q._kinks() if rectified else p._own_kinks())
-    log_f = p._log_density_at(point)
-    log_g = q._log_density_at(point) if rectified else q._log_inside(point.z)
+    log_f = p._log_density_at(points)
+    log_g = q._log_density_at(points) if rectified else q._log_inside(points.z)
     if p._positive and rectified and q._positive:
         inside = log_f.exp() * (log_f - log_g)
     else:
         inside = _weighted_ratio(*torch.broadcast_tensors(log_f, log_g))
-    return (atoms + (point.weights * inside).sum(0)).expand(shape)
+    return (atoms + (points.weights * inside).sum(0)).expand(shape)
 
 
 @register_kl(RectifiedNormal, RectifiedNormal)
@@ -74,6 +73,7 @@ def _kl_normal(p: RectifiedNormal, q: RectifiedNormal) -> Tensor:
 
 @register_kl(InflatedDistribution, InflatedDistribution)
 def _kl_inflated(p: InflatedDistribution, q: InflatedDistribution) -> Tensor:
+    atoms = _atoms_kl(p, q)
     try:
         slab = kl_divergence(p.slab, q.slab)
     except NotImplementedError as error:
@@ -83,7 +83,7 @@ def _kl_inflated(p: InflatedDistribution, q: InflatedDistribution) -> Tensor:
         ) from error
     log_inside = p._log_weights()[-1]
     inside = _weighted_ratio(log_inside, q._log_weights()[-1])
-    kl = _atoms_kl(p, q) + inside + torch.where(log_inside == -math.inf, 0.0, log_inside.exp() * slab)
+    kl = atoms + inside + torch.where(log_inside == -math.inf, 0.0, log_inside.exp() * slab)
     return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
 
 

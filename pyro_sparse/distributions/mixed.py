@@ -26,6 +26,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse.distributions.constraints import mixed_unit_interval
 from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
+from pyro_sparse.distributions.quadrature import Stretch
 
 
 class MixedDistribution(TorchDistribution):
@@ -56,6 +57,11 @@ class MixedDistribution(TorchDistribution):
     _atoms: ClassVar[tuple[float, ...]] = (0.0, 1.0)
     #: parameters that `expand` expands
     _tensors: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def _stretch(self) -> Stretch:
+        """Beyond which points outside of [0, 1] the density is singular; None if nowhere near."""
+        return None
 
     def _log_weights(self) -> tuple[Tensor, ...]:
         """The log-probability of each atom, and of what lies between them, last."""
@@ -165,6 +171,10 @@ class MixedDistribution(TorchDistribution):
     def _stacked_weights(self) -> Tensor:
         return torch.stack([w.expand(self._batch_shape) for w in self._log_weights()])
 
+    def _check_probability(self, value: Tensor) -> None:
+        ok = (value >= 0) & (value <= 1)
+        checked(type(self).__name__, "icdf", value, ok, "a probability in [0, 1]", "Use e.g. torch.rand.")
+
     def _weight(self, index: int) -> Tensor:
         return self._log_weights()[index].exp().expand(self._batch_shape)
 
@@ -234,7 +244,8 @@ class MixedDistribution(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixedDistribution:
         """A view with a larger batch shape; flags are kept."""
         batch_shape = Size(batch_shape)
-        if torch.broadcast_shapes(self._batch_shape, batch_shape) != batch_shape:
+        old = (1,) * (len(batch_shape) - len(self._batch_shape)) + self._batch_shape
+        if len(old) > len(batch_shape) or any(a not in (1, b) for a, b in zip(old, batch_shape, strict=True)):
             raise ValueError(
                 f"{type(self).__name__}.expand: expected a shape that {tuple(self._batch_shape)} broadcasts to, got "
                 f"{tuple(batch_shape)}. Only dims of size one, or new ones on the left, can grow."
@@ -252,7 +263,7 @@ class MixedDistribution(TorchDistribution):
         """The dims of a parameter to the right of the batch's."""
         return Size()
 
-    def mask(self, mask: bool | Tensor) -> MaskedMixed:
+    def mask(self, mask: bool | Tensor) -> Any:
         """The distribution whose log_prob is zero where ``mask`` is False, with the same draws and score parts."""
         return MaskedMixed.of(self, mask)
 

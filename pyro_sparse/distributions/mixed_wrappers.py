@@ -35,7 +35,7 @@ class _Forwarding:
         self.has_rsample = value
         return self
 
-    def mask(self, mask: bool | Tensor) -> MaskedMixed:
+    def mask(self, mask: bool | Tensor) -> Any:
         return MaskedMixed.of(self, mask)
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
@@ -46,8 +46,9 @@ class MaskedMixed(_Forwarding, MaskedDistribution):
     """:class:`~pyro.distributions.MaskedDistribution` of a mixed distribution; draws are those of the base."""
 
     @classmethod
-    def of(cls, base: Any, mask: bool | Tensor) -> MaskedMixed:
-        return cls(base, mask)
+    def of(cls, base: Any, mask: bool | Tensor) -> Any:
+        """The masked form; that of ``True``, which masks nothing, is a copy of the base."""
+        return copy.copy(base) if mask is True else cls(base, mask)
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """As stock: log_prob and entropy term are masked, the score function is not."""

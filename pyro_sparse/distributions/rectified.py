@@ -3,22 +3,21 @@ r"""A continuous variable clamped to [0, 1]: what falls outside becomes the atom
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Size, Tensor
 
-from pyro_sparse._numerics import panels
 from pyro_sparse.distributions.mixed import MixedDistribution, implicit
+from pyro_sparse.distributions.quadrature import Points, bends, nodes_for, place, same, tighter
+
+_LEVELS = (1e-14, 1e-7, 1e-3, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7, 1 - 1e-14)
 
 
-class Point(NamedTuple):
-    """Nodes of a quadrature: z, weights with respect to Lebesgue measure, and what else a family knows of them."""
-
-    z: Tensor
-    weights: Tensor
-    stretch: tuple[Any, Any] | None = None
-    log_parts: tuple[Tensor, Tensor] | None = None
+def check_nodes(owner: str, nodes: int | None) -> None:
+    """A number of nodes, or None."""
+    if nodes is not None and (not isinstance(nodes, int) or nodes < 1):
+        raise ValueError(f"{owner}.nodes: expected a positive integer or None, got {nodes!r}. Leave it out.")
 
 
 class RectifiedDistribution(MixedDistribution):
@@ -36,6 +35,8 @@ class RectifiedDistribution(MixedDistribution):
     nodes: int | None
     #: whether the density is positive on all of (0, 1)
     _positive: ClassVar[bool] = True
+    #: how many nodes a panel has at least, where their number is left to the family
+    _least_nodes: ClassVar[int] = 0
 
     def _log_cdf(self, z: Tensor) -> Tensor:
         """log F_T(z), finite where F_T(z) > 0 in exact arithmetic."""
@@ -105,6 +106,8 @@ class RectifiedDistribution(MixedDistribution):
     def icdf(self, value: Tensor) -> Tensor:
         r"""The smallest z with ``cdf(z) >= value``, in [0, 1]; differentiable in the parameters."""
         u = torch.as_tensor(value, dtype=self._zero.dtype, device=self._zero.device)
+        if self._validate_args:
+            self._check_probability(u)
         u = u.expand(torch.broadcast_shapes(u.shape, self._batch_shape))
         with torch.no_grad():
             z = self._quantile(u).clamp(0.0, 1.0)
@@ -112,54 +115,49 @@ class RectifiedDistribution(MixedDistribution):
 
     # Integrals over the inside.
 
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        """The coordinate of the quadrature where integration begins and ends."""
+    # All of these are points z; what lies outside of [0, 1] is taken for its nearer end.
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """Beyond which there is no mass to speak of."""
         return self._zero, self._zero + 1
 
     def _peaks(self) -> list[Tensor]:
-        """Coordinates at which the density gathers, where it integrates."""
-        raise NotImplementedError
+        """At which the density gathers: quantiles of the inside, where nothing better is known."""
+        at_zero, at_one = self._log_cdf(self._zero).exp(), self._log_cdf(self._zero + 1).exp()
+        levels = torch.tensor(_LEVELS).to(at_zero).reshape(-1, *(1,) * at_zero.dim())
+        return list(self._quantile(at_zero + levels * (at_one - at_zero)))
 
     def _kinks(self) -> list[Tensor]:
-        """Points z near which log f bends, where another density integrates it."""
+        """Near which log f bends."""
         raise NotImplementedError
 
-    def _coordinate(self, z: Tensor) -> Tensor:
-        """The coordinate in which the inside is integrated, z itself by default."""
-        return z
+    def _middle(self) -> list[Tensor]:
+        """Near which z and log f bend in the coordinate of the stretch."""
+        return []
 
-    def _default_nodes(self) -> int:
-        raise NotImplementedError
-
-    def _point(self, y: Tensor, weights: Tensor) -> Point:
-        """What is at the coordinate y."""
-        return Point(y, weights)
-
-    def _log_density_at(self, point: Point) -> Tensor:
-        return self._log_density(point.z)
+    def _log_density_at(self, points: Points) -> Tensor:
+        return self._log_density(points.z)
 
     @torch.no_grad()
-    def _nodes(self, shape: Size, kinks: list[Tensor]) -> Point:
-        """All nodes, in front of a batch shape; where they are is not differentiated, as no integral depends on it."""
-        first, last = (b.expand(shape) for b in self._bounds())
-        inner = [*self._peaks(), *(self._coordinate(z.clamp(0.0, 1.0)) for z in kinks)]
-        inner = [b.expand(shape).maximum(first).minimum(last) for b in inner]
-        if len(inner) == 2:  # by far the most frequent, and sort is slow
-            inner = [torch.minimum(*inner), torch.maximum(*inner)]
-        elif inner:
-            inner = list(torch.stack(inner).sort(0).values)
-        y, weights = panels(torch.stack([first, *inner, last]), self.nodes or self._default_nodes())
-        return self._point(y, weights)
+    def _points(self, other: MixedDistribution | None = None) -> Points:
+        """The nodes for an integral of f, alone or times the logarithm of another density; they carry no gradient."""
+        shape, stretch, breaks = self._batch_shape, self._stretch, [*self._ends(), *self._peaks()]
+        alike = type(other) is type(self) and same(stretch, other._stretch)
+        if not alike:
+            breaks += self._middle()
+        if other is not None:
+            shape = torch.broadcast_shapes(shape, other.batch_shape)
+            stretch = tighter(stretch, other._stretch)
+            breaks += other._kinks() if isinstance(other, RectifiedDistribution) else []
+            for one in (self._stretch, other._stretch):
+                breaks += [] if same(one, stretch) else bends(one, self._zero)
+        return place(breaks, shape, stretch, self.nodes or max(self._least_nodes, nodes_for(stretch)))
 
     def _integral(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The integral over (0, 1) of f(z) times ``of(z, log f(z))``."""
-        point = self._nodes(self._batch_shape, self._own_kinks())
-        log_density = self._log_density_at(point)
-        return (point.weights * log_density.exp() * of(point.z, log_density)).sum(0)
-
-    def _own_kinks(self) -> list[Tensor]:
-        """Points z near which f log f bends beside the peak."""
-        return []
+        points = self._points()
+        log_density = self._log_density_at(points)
+        return (points.weights * log_density.exp() * of(points.z, log_density)).sum(0)
 
     @property
     def mean(self) -> Tensor:

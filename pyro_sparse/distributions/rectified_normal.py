@@ -13,7 +13,7 @@ from torch.special import ndtri
 
 from pyro_sparse._numerics import gauss_legendre, log1mexp, log_ndtr
 from pyro_sparse.distributions.mixed import checked
-from pyro_sparse.distributions.rectified import RectifiedDistribution
+from pyro_sparse.distributions.rectified import RectifiedDistribution, check_nodes
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
 
@@ -53,6 +53,7 @@ class RectifiedNormal(RectifiedDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {"loc": constraints.real, "scale": constraints.positive}
     _tensors = ("loc", "scale")
+    _least_nodes = 24
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class RectifiedNormal(RectifiedDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.loc, self.scale = broadcast_all(loc, scale)
+        check_nodes(type(self).__name__, nodes)
         self.nodes = nodes
         super().__init__(self.loc.shape, validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
@@ -95,12 +97,6 @@ class RectifiedNormal(RectifiedDistribution):
 
     def _log_density(self, z: Tensor) -> Tensor:
         return -self._standardise(z).square() / 2 - self.scale.log() - _HALF_LOG_2PI
-
-    def _default_nodes(self) -> int:
-        return 24
-
-    def _peaks(self) -> list[Tensor]:
-        return [self.loc + k * self.scale for k in (-8, -2, 0, 2, 8)]
 
     def _kinks(self) -> list[Tensor]:
         return []  # log f is a parabola

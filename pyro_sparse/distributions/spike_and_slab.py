@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_sparse._numerics import safe_log
-from pyro_sparse.distributions.constraints import MixedConstraint
 from pyro_sparse.distributions.inflated import InflatedDistribution
 from pyro_sparse.distributions.mixed import checked
 
@@ -69,10 +68,6 @@ class SpikeAndSlab(InflatedDistribution):
         self._set_slab(slab, self._given.shape, validate_args)
         if self._validate_args:
             check_given(type(self).__name__, self._given, self._from_logits)
-
-    @constraints.dependent_property(is_discrete=False, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return MixedConstraint(self.slab.support, self._atoms)
 
     @property
     def logits(self) -> Tensor:

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from pyro_sparse.distributions.mixed import checked
-from pyro_sparse.distributions.rectified import Point, RectifiedDistribution
+from pyro_sparse.distributions.quadrature import Points, Stretch, same
+from pyro_sparse.distributions.rectified import RectifiedDistribution, check_nodes
 
 
 def check_stretch(owner: str, low: float | Tensor, high: float | Tensor) -> None:
     """The stretch must reach beyond both ends, by how little so ever: that is what gives the ends probability."""
-    checked(owner, "low", low, low < 0, "a number below 0", "Use e.g. the default -0.1.")
-    checked(owner, "high", high, high > 1, "a number above 1", "Use e.g. the default 1.1.")
+    checked(owner, "low", low, (low < 0) & (low > -math.inf), "a number below 0", "Use e.g. -0.1.")
+    checked(owner, "high", high, (high > 1) & (high < math.inf), "a number above 1", "Use e.g. 1.1.")
 
 
 class Stretched(RectifiedDistribution):
@@ -31,11 +31,13 @@ class Stretched(RectifiedDistribution):
     high: Any
 
     def __init__(self, like: Tensor, low: Any, high: Any, nodes: int | None, validate_args: bool | None) -> None:
-        check_stretch(type(self).__name__, low, high)
+        check_nodes(type(self).__name__, nodes)
         self.low, self.high, self.nodes = low, high, nodes
         shapes = [x.shape for x in (low, high) if isinstance(x, Tensor)]
         super().__init__(torch.broadcast_shapes(like.shape, *shapes), validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        if self._validate_args:
+            check_stretch(type(self).__name__, low, high)
         self._like = like.detach().new_zeros(())
 
     @property
@@ -77,36 +79,19 @@ class Stretched(RectifiedDistribution):
 
     # The quadrature.
 
-    def _default_nodes(self) -> int:
-        if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
-            return 44  # what a stretch of 1e-6 takes: looking would wait for the device
-        ends = math.log(-self.high / self.low), math.log((1 - self.low) / (self.high - 1))
-        return math.ceil(28 + 1.1 * max(ends))
+    @property
+    def _stretch(self) -> Stretch:
+        return self.low, self.high
 
-    def _coordinate(self, z: Tensor) -> Tensor:
-        return self._logit(z)
+    def _unstretched(self, y: Tensor) -> Tensor:
+        """The point z at which logit k is y."""
+        return self.low + (self.high - self.low) * y.sigmoid()
 
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        return self._logit(self._zero), self._logit(self._zero + 1)
+    def _middle(self) -> list[Tensor]:
+        return [self._unstretched(self._zero)]
 
-    def _own_kinks(self) -> list[Tensor]:
-        return [torch.as_tensor((self.low + self.high) / 2).to(self._zero)]
-
-    def _point(self, y: Tensor, weights: Tensor) -> Point:
-        log_parts = logsigmoid(y), logsigmoid(-y)
-        width = self.high - self.low
-        return Point(
-            self.low + width * y.sigmoid(),
-            weights * width * (log_parts[0] + log_parts[1]).exp(),
-            (self.low, self.high),
-            log_parts,
-        )
-
-    def _log_density_at(self, point: Point) -> Tensor:
-        same = point.stretch is not None and all(
-            a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
-            for a, b in zip(point.stretch, (self.low, self.high), strict=True)
-        )
-        if same and point.log_parts is not None:
-            return self._log_density_of(*point.log_parts)
-        return self._log_density(point.z)
+    def _log_density_at(self, points: Points) -> Tensor:
+        learnt = any(isinstance(x, Tensor) and x.requires_grad for x in (self.low, self.high))
+        if points.log_parts is None or learnt or not same(points.stretch, self._stretch):
+            return self._log_density(points.z)
+        return self._log_density_of(*points.log_parts)

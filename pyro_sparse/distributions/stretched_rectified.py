@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.constraints import interior_point
 from pyro_sparse.distributions.mixed import check_univariate
-from pyro_sparse.distributions.rectified import RectifiedDistribution
+from pyro_sparse.distributions.rectified import RectifiedDistribution, check_nodes
 from pyro_sparse.distributions.stretched import check_stretch
 
 
@@ -72,6 +72,7 @@ class StretchedRectified(RectifiedDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {"low": constraints.less_than(0), "high": constraints.greater_than(1)}
     _tensors = ("low", "high")
     _positive = False
+    _least_nodes = 16
 
     def __init__(
         self,
@@ -82,8 +83,9 @@ class StretchedRectified(RectifiedDistribution):
         nodes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        check_stretch(type(self).__name__, low, high)
         self._setup(base, low, high, nodes, validate_args)
+        if self._validate_args:
+            check_stretch(type(self).__name__, low, high)
 
     def _setup(self, base: Any, low: Any, high: Any, nodes: int | None, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "base", base)
@@ -92,6 +94,7 @@ class StretchedRectified(RectifiedDistribution):
                 f"{type(self).__name__}.base: expected a distribution with a cdf, got {type(base).__name__}. "
                 "Use one that torch can integrate, e.g. Normal, Laplace, Uniform, Kumaraswamy or a mixture of them."
             )
+        check_nodes(type(self).__name__, nodes)
         self.base_dist, self.low, self.high, self.nodes = base, low, high, nodes
         shapes = [x.shape for x in (low, high) if isinstance(x, Tensor)]
         self._like = _first_tensor(base).new_zeros(())
@@ -129,17 +132,9 @@ class StretchedRectified(RectifiedDistribution):
         log_width = width.log() if isinstance(width, Tensor) else math.log(width)
         return torch.where(ok, log_prob - log_width, -math.inf)
 
-    #: between which quantiles of the inside the panels are
-    _LEVELS = (1e-14, 1e-7, 1e-3, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7, 1 - 1e-14)
-
-    def _default_nodes(self) -> int:
-        return 16
-
     def _peaks(self) -> list[Tensor]:
-        at_zero, at_one = self._base_cdf(self._zero), self._base_cdf(self._zero + 1)
-        levels = [at_zero + level * (at_one - at_zero) for level in self._LEVELS]
-        quantiles = self._bisected(torch.stack([*levels, torch.full_like(at_zero, 0.5)]))
-        return list(quantiles)
+        # The middle of the base is where a Laplace density, say, has its corner.
+        return [*super()._peaks(), self._bisected(torch.full_like(self._base_cdf(self._zero), 0.5))]
 
     def _kinks(self) -> list[Tensor]:
         return self._peaks()

@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
@@ -282,6 +282,33 @@ def test_nothing_to_enumerate_makes_it_the_best_that_is_unbiased_by_construction
     assert got.reference.startswith("none, and so no bias")
     assert (got.estimators["doubled"].unbiased, got.gradient_norm) == (None, None)
     assert "of those not known to be biased" in got.reason
+
+
+def gate_model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", sdist.HardConcrete(0.5, torch.tensor(0.0)))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def pathwise_gate_guide(x: Tensor) -> None:
+    logits = pyro.param("logits", torch.tensor(-2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", sdist.HardConcrete(0.5, logits).mask(True).has_rsample_(True))
+
+
+def test_a_pathwise_draw_with_atoms_is_trusted_with_an_analytic_kl_only() -> None:
+    candidates = {
+        "drawn": Trace_ELBO(),
+        "analytic": TraceMeanField_ELBO(),
+        "ours": BaselineELBO(None, analytic_kl=True),
+    }
+    given: dict[str, Any] = {"model": gate_model, "guide": pathwise_gate_guide, "num_samples": 80}
+    r = report(estimators=candidates, **given)
+    assert r.estimators["drawn"].unbiased is False and r.estimators["ours"].unbiased is not False
+    assert r.recommended in ("analytic", "ours")
+    assert "has_rsample_(True) at 'z'" in str(r)
+    alone = report(estimators={"drawn": Trace_ELBO()}, **given)
+    assert "Reference: none" in str(alone) and alone.estimators["drawn"].bias is None
 
 
 def test_a_program_that_branches_is_enumerated_outcome_by_outcome() -> None:
