@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Uniform, constraints
 
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
-from pyro_sparse.distributions.mixed import MixedDistribution, check_univariate, implicit
+from pyro_sparse.distributions.mixed import MixedDistribution, check_univariate, has_cdf, implicit
 from pyro_sparse.distributions.quadrature import Stretch, nearly_none
 
 
@@ -59,7 +59,7 @@ class InflatedDistribution(MixedDistribution):
         self._require_cdf("rsample")
 
     def _require_cdf(self, method: str) -> None:
-        if type(self.slab).cdf is Distribution.cdf:
+        if not has_cdf(self.slab):
             raise NotImplementedError(
                 f"{type(self).__name__}.{method}: expected a slab with a cdf, got {type(self.slab).__name__}. Use "
                 "another slab; for gradients the default has_rsample=False needs no cdf."

@@ -63,6 +63,7 @@ def _kl_rectified(p: RectifiedDistribution, q: MixedDistribution) -> Tensor:
         inside = log_f.exp() * (log_f - log_g)
     else:
         inside = _weighted_ratio(*torch.broadcast_tensors(log_f, log_g))
+        inside = torch.where(points.weights > 0, inside, 0.0)  # on a panel of width zero it may be inf
     return (atoms + (points.weights * inside).sum(0)).expand(shape)
 
 

@@ -21,6 +21,7 @@ from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
 from torch import Size, Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributions import Distribution
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyro_sparse._numerics import entropy_terms
@@ -34,7 +35,7 @@ class MixedDistribution(TorchDistribution):
     A univariate distribution with atoms and a density between them.
 
     A family implements :meth:`_log_weights`, :meth:`_log_density`, :meth:`_draw`, :meth:`_pathwise`,
-    :meth:`_inside_pathwise`, moments, entropy, ``cdf`` and ``icdf``.
+    :meth:`_stratified`, moments, entropy, ``cdf`` and ``icdf``.
 
     Three ways to draw:
 
@@ -328,6 +329,14 @@ def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, exp
 
 def _example(value: Tensor, ok: Tensor | bool) -> float:
     return float(value if isinstance(ok, bool) else value.expand(ok.shape)[~ok][0])
+
+
+def has_cdf(d: Any) -> bool:
+    """Whether a distribution, and what it is made of, has a cdf."""
+    if type(d).cdf is Distribution.cdf:
+        return False
+    inner = getattr(d, "base_dist", None) or getattr(d, "component_distribution", None)
+    return inner is None or has_cdf(inner)
 
 
 def check_univariate(owner: str, name: str, d: Any) -> None:

@@ -2,6 +2,7 @@ r"""A continuous variable clamped to [0, 1]: what falls outside becomes the atom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -124,7 +125,7 @@ class RectifiedDistribution(MixedDistribution):
     def _peaks(self) -> list[Tensor]:
         """At which the density gathers: quantiles of the inside, where nothing better is known."""
         at_zero, at_one = self._log_cdf(self._zero).exp(), self._log_cdf(self._zero + 1).exp()
-        levels = torch.tensor(_LEVELS).to(at_zero).reshape(-1, *(1,) * at_zero.dim())
+        levels = torch.tensor(_LEVELS, dtype=at_zero.dtype, device=at_zero.device).reshape(-1, *(1,) * at_zero.dim())
         return list(self._quantile(at_zero + levels * (at_one - at_zero)))
 
     def _kinks(self) -> list[Tensor]:
@@ -157,7 +158,10 @@ class RectifiedDistribution(MixedDistribution):
         """The integral over (0, 1) of f(z) times ``of(z, log f(z))``."""
         points = self._points()
         log_density = self._log_density_at(points)
-        return (points.weights * log_density.exp() * of(points.z, log_density)).sum(0)
+        weights = points.weights * log_density.exp()
+        if not self._positive:  # 0 log 0 = 0
+            log_density = torch.where(log_density == -math.inf, 0.0, log_density)
+        return (weights * of(points.z, log_density)).sum(0)
 
     @property
     def mean(self) -> Tensor:

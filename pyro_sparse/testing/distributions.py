@@ -12,6 +12,10 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
 from torch.distributions import Independent
 
+from pyro_sparse.distributions import MixedDistribution
+from pyro_sparse.testing import mixed_distributions as mixed
+from pyro_sparse.testing.properties import leaves, offered, require, same
+
 Check = Callable[[TorchDistributionMixin], None]
 
 
@@ -26,6 +30,10 @@ def check_distribution(d: TorchDistributionMixin) -> None:
     has_rsample               shape of rsample; it carries gradients
     has_enumerate_support     shapes of enumerate_support; :math:`\sum_z p(z) = 1`; entropy, mean, variance and mode
                               against sums over all :math:`z`
+    MixedDistribution         probabilities of the atoms and of the inside; total mass, entropy, mean, variance and cdf
+                              against quadrature of log_prob; icdf; :math:`\mathrm{KL}(p \| p) = 0`; gradients and
+                              score parts of the draws, also through expand, mask and to_event, with ``has_rsample_``
+                              before and after
     has_sparse_support        values are distinct and hold exactly the :math:`z` with :math:`p(z) > 0`, then padding
                               with log-probability -inf; unions; support_size; num_outcomes; to_dense; mask keeps it
     ========================= =========================================================================================
@@ -69,12 +77,16 @@ def check_distribution(d: TorchDistributionMixin) -> None:
         for instance, how in ((d, ""), (copy.copy(d).expand((2, *d.batch_shape)), " after expand")):
             for check in _checks_for(instance):
                 _run(check, instance, f"check_distribution({type(d).__name__}{how})")
+        if isinstance(d, MixedDistribution):
+            _run(mixed.draws, d, f"check_distribution({type(d).__name__})")
 
 
 def _checks_for(d: TorchDistributionMixin) -> Iterator[Check]:
     yield from (_repr, _parameters, _sample, _log_prob, _batch_shapes, _expand, _wrappers, _copies, _dtypes, _gradients)
     if d.has_rsample:
         yield _rsample
+    if isinstance(d, MixedDistribution):
+        yield from (mixed.strata, mixed.integrals, mixed.quantiles, mixed.divergence_from_itself)
     # Under to_event the outcomes are a cartesian product, which Pyro does not enumerate.
     if d.has_enumerate_support and not isinstance(d, Independent):
         yield from (_enumerate_support, _sums_over_outcomes)
@@ -92,33 +104,6 @@ def _run(check: Check, d: TorchDistributionMixin, who: str) -> None:
         raise AssertionError(f"{who}: {check.__name__.strip('_')}: expected no error, got {error!r}") from error
 
 
-# How a property is stated.
-
-
-def _require(holds: bool | Tensor, prop: str, expected: object, got: object) -> None:
-    if not bool(holds):
-        raise AssertionError(f"{prop}: expected {expected}, got {got}")
-
-
-def _same(prop: str, got: Tensor, expected: Tensor) -> None:
-    _require(got.shape == expected.shape, f"shape of {prop}", tuple(expected.shape), tuple(got.shape))
-    _require(got.dtype == expected.dtype, f"dtype of {prop}", expected.dtype, got.dtype)
-    if not expected.is_floating_point():
-        _require((got == expected).all(), prop, expected, got)
-        return
-    # Log-probabilities of K outcomes are off by some roundings each, which summing adds up.
-    tol = 1e3 * torch.finfo(expected.dtype).eps
-    _require(torch.allclose(got, expected, rtol=tol, atol=tol, equal_nan=True), prop, expected, got)
-
-
-def _offered(method: Callable[[], Tensor]) -> Tensor | None:
-    """The result of an optional method or property; None where the family does not have it."""
-    try:
-        return method()
-    except NotImplementedError:
-        return None
-
-
 def _facts(d: TorchDistributionMixin, value: Tensor) -> dict[str, Tensor]:
     """All that the distribution says of itself with the batch shape in front."""
     facts: dict[str, Callable[[], Tensor]] = {
@@ -130,7 +115,7 @@ def _facts(d: TorchDistributionMixin, value: Tensor) -> dict[str, Tensor]:
     }
     if getattr(d, "has_sparse_support", False):
         facts["support_size"] = lambda: d.support_size
-    return {name: fact for name, method in facts.items() if (fact := _offered(method)) is not None}
+    return {name: fact for name, method in facts.items() if (fact := offered(method)) is not None}
 
 
 def _log_probs(d: TorchDistributionMixin) -> tuple[Tensor, Tensor]:
@@ -143,54 +128,54 @@ def _log_probs(d: TorchDistributionMixin) -> tuple[Tensor, Tensor]:
 
 
 def _repr(d: TorchDistributionMixin) -> None:
-    _require(type(d).__name__ in repr(d), "repr", f"one that names {type(d).__name__}", repr(d))
+    require(type(d).__name__ in repr(d), "repr", f"one that names {type(d).__name__}", repr(d))
 
 
 def _parameters(d: TorchDistributionMixin) -> None:
     for name, constraint in d.arg_constraints.items():
         parameter = getattr(d, name, None)
         if isinstance(parameter, Tensor) and not constraints.is_dependent(constraint):
-            _require(constraint.check(parameter).all(), f"parameter {name}", constraint, parameter)
+            require(constraint.check(parameter).all(), f"parameter {name}", constraint, parameter)
 
 
 def _sample(d: TorchDistributionMixin) -> None:
     for sample_shape in ((), (5,), (2, 3)):
         value = d.sample(Size(sample_shape))
         expected = (*sample_shape, *d.batch_shape, *d.event_shape)
-        _require(value.shape == expected, f"shape of sample({sample_shape})", expected, tuple(value.shape))
-        _require(not value.requires_grad, "sample", "no gradient", "a tensor that requires one")
-        _require(d.support.check(value).all(), "sample", f"values in the support {d.support}", value)
+        require(value.shape == expected, f"shape of sample({sample_shape})", expected, tuple(value.shape))
+        require(not value.requires_grad, "sample", "no gradient", "a tensor that requires one")
+        require(d.support.check(value).all(), "sample", f"values in the support {d.support}", value)
         log_prob = d.log_prob(value)
-        _require(log_prob.isfinite().all(), "log_prob of a sample", "finite values", log_prob)
+        require(log_prob.isfinite().all(), "log_prob of a sample", "finite values", log_prob)
 
 
 def _rsample(d: TorchDistributionMixin) -> None:
     value = d.rsample(Size((5,)))
     expected = (5, *d.batch_shape, *d.event_shape)
-    _require(value.shape == expected, "shape of rsample((5,))", expected, tuple(value.shape))
+    require(value.shape == expected, "shape of rsample((5,))", expected, tuple(value.shape))
     differentiable = d.log_prob(value.detach()).requires_grad
-    _require(value.requires_grad or not differentiable, "rsample", "a gradient", "a constant")
+    require(value.requires_grad or not differentiable, "rsample", "a gradient", "a constant")
 
 
 def _log_prob(d: TorchDistributionMixin) -> None:
     value, batch = d.sample(), d.batch_shape
     log_prob = d.log_prob(value)
-    _require(log_prob.shape == batch, "shape of log_prob", tuple(batch), tuple(log_prob.shape))
+    require(log_prob.shape == batch, "shape of log_prob", tuple(batch), tuple(log_prob.shape))
     more = d.sample(Size((3, 2)))
     rows = torch.stack([d.log_prob(v) for v in more.reshape(6, *value.shape)]).reshape(3, 2, *batch)
-    _same("log_prob of values with more dims on the left", d.log_prob(more), rows)
+    same("log_prob of values with more dims on the left", d.log_prob(more), rows)
     for dim in range(len(batch)):
         thin = value.narrow(dim, 0, 1)
-        _same(f"log_prob of a value of size one at dim {dim}", d.log_prob(thin), d.log_prob(thin.expand(value.shape)))
+        same(f"log_prob of a value of size one at dim {dim}", d.log_prob(thin), d.log_prob(thin.expand(value.shape)))
     bare = value.reshape(-1, *d.event_shape)[0]
-    _same("log_prob of a value with no batch dims", d.log_prob(bare), d.log_prob(bare.expand(value.shape)))
+    same("log_prob of a value with no batch dims", d.log_prob(bare), d.log_prob(bare.expand(value.shape)))
 
 
 def _batch_shapes(d: TorchDistributionMixin) -> None:
     for name, fact in _facts(d, d.sample()).items():
         of_event = name in ("mean", "variance", "mode")
         expected = d.batch_shape + d.event_shape if of_event else d.batch_shape
-        _require(fact.shape == expected, f"shape of {name}", tuple(expected), tuple(fact.shape))
+        require(fact.shape == expected, f"shape of {name}", tuple(expected), tuple(fact.shape))
 
 
 def _expand(d: TorchDistributionMixin) -> None:
@@ -204,12 +189,12 @@ def _expand(d: TorchDistributionMixin) -> None:
         "expand to the same shape": (copy.copy(d).expand(batch), tuple(batch)),
     }
     for how, (e, shape) in ways.items():
-        _require(e.batch_shape == shape, f"batch_shape after {how}", shape, tuple(e.batch_shape))
-        _require(e.event_shape == d.event_shape, f"event_shape after {how}", d.event_shape, e.event_shape)
+        require(e.batch_shape == shape, f"batch_shape after {how}", shape, tuple(e.batch_shape))
+        require(e.event_shape == d.event_shape, f"event_shape after {how}", d.event_shape, e.event_shape)
         got = _facts(e, value)
         for name, fact in _facts(d, value).items():
-            _require(name in got, f"{name} after {how}", "to be kept", "NotImplementedError")
-            _same(f"{name} after {how}", got[name], fact.expand(Size(shape) + fact.shape[len(batch) :]))
+            require(name in got, f"{name} after {how}", "to be kept", "NotImplementedError")
+            same(f"{name} after {how}", got[name], fact.expand(Size(shape) + fact.shape[len(batch) :]))
     try:
         shrunk = once.expand((3, *batch)).batch_shape
     except (RuntimeError, ValueError):
@@ -223,21 +208,21 @@ def _wrappers(d: TorchDistributionMixin) -> None:
     for shape in (batch, Size((2, *batch))):
         mask = (torch.arange(shape.numel(), device=value.device) % 2 == 0).reshape(shape)
         masked = d.mask(mask)
-        _require(masked.batch_shape == shape, "batch_shape after mask", tuple(shape), tuple(masked.batch_shape))
-        _same("log_prob after mask", masked.log_prob(value), torch.where(mask, log_prob, 0.0))
+        require(masked.batch_shape == shape, "batch_shape after mask", tuple(shape), tuple(masked.batch_shape))
+        same("log_prob after mask", masked.log_prob(value), torch.where(mask, log_prob, 0.0))
     if not batch:
         return
     event = d.to_event(1)
     shapes = tuple(map(tuple, (event.batch_shape, event.event_shape)))
     expected = (tuple(batch[:-1]), (*batch[-1:], *d.event_shape))
-    _require(shapes == expected, "batch and event shape after to_event(1)", expected, shapes)
-    _same("log_prob after to_event(1)", event.log_prob(value), log_prob.sum(-1))
+    require(shapes == expected, "batch and event shape after to_event(1)", expected, shapes)
+    same("log_prob after to_event(1)", event.log_prob(value), log_prob.sum(-1))
     mask = (torch.arange(batch.numel(), device=value.device) % 2 == 0).reshape(batch)
     both = d.mask(mask).to_event(1)
-    _same("log_prob after mask, then to_event", both.log_prob(value), torch.where(mask, log_prob, 0.0).sum(-1))
+    same("log_prob after mask, then to_event", both.log_prob(value), torch.where(mask, log_prob, 0.0).sum(-1))
     mask = mask[..., 0]
     both = event.mask(mask)
-    _same("log_prob after to_event, then mask", both.log_prob(value), torch.where(mask, log_prob.sum(-1), 0.0))
+    same("log_prob after to_event, then mask", both.log_prob(value), torch.where(mask, log_prob.sum(-1), 0.0))
 
 
 def _copies(d: TorchDistributionMixin) -> None:
@@ -246,12 +231,12 @@ def _copies(d: TorchDistributionMixin) -> None:
     pickled = pickle.loads(pickle.dumps(d))
     # torch refuses to deepcopy a tensor that has a history; in the pickled copy none has.
     for how, twin in (("pickle", pickled), ("deepcopy", copy.deepcopy(pickled))):
-        _require(type(twin) is type(d), f"type after {how}", type(d).__name__, type(twin).__name__)
+        require(type(twin) is type(d), f"type after {how}", type(d).__name__, type(twin).__name__)
         got = _facts(twin, value)
         for name, fact in facts.items():
-            _same(f"{name} after {how}", got[name], fact)
+            same(f"{name} after {how}", got[name], fact)
             wanted = fact.requires_grad
-            _require(got[name].requires_grad == wanted, f"requires_grad of {name} after {how}", wanted, not wanted)
+            require(got[name].requires_grad == wanted, f"requires_grad of {name} after {how}", wanted, not wanted)
 
 
 def _dtypes(d: TorchDistributionMixin) -> None:
@@ -262,11 +247,11 @@ def _dtypes(d: TorchDistributionMixin) -> None:
     if len(dtypes) == 1:
         (dtype,) = dtypes
         for name, fact in {**facts, "sample": value}.items():
-            _require(not fact.is_floating_point() or fact.dtype == dtype, f"dtype of {name}", dtype, fact.dtype)
+            require(not fact.is_floating_point() or fact.dtype == dtype, f"dtype of {name}", dtype, fact.dtype)
     try:
         torch.set_default_dtype(torch.float32 if default == torch.float64 else torch.float64)
         for name, fact in _facts(pickle.loads(pickle.dumps(d)), value).items():
-            _same(f"{name} under another default dtype", fact, facts[name])
+            same(f"{name} under another default dtype", fact, facts[name])
     finally:
         torch.set_default_dtype(default)
 
@@ -276,31 +261,17 @@ def _gradients(d: TorchDistributionMixin) -> None:
         results = {"log_prob over all outcomes": _log_probs(d)[1]}
     else:
         results = {"log_prob of samples": d.log_prob(d.sample(Size((5,))))}
-    if (entropy := _offered(lambda: d.entropy())) is not None:
+    if (entropy := offered(lambda: d.entropy())) is not None:
         results["entropy"] = entropy
     for name, result in results.items():
-        _require(not result.isnan().any(), name, "no NaN", result)
-        leaves = list(_leaves(result))
-        if not leaves:
+        require(not result.isnan().any(), name, "no NaN", result)
+        parameters = list(leaves(result))
+        if not parameters:
             continue
         # A log-probability of -inf gets weight zero, as in the sum over p(z) log p(z).
         weights = result.isfinite().to(result.dtype)
-        for gradient in torch.autograd.grad(result, leaves, weights, retain_graph=True):
-            _require(gradient.isfinite().all(), f"gradient of {name}", "finite values", gradient)
-
-
-def _leaves(result: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors that a result depends on."""
-    if result.requires_grad and result.is_leaf:
-        yield result
-    seen, todo = set(), [result.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-            if hasattr(node, "variable"):
-                yield node.variable
+        for gradient in torch.autograd.grad(result, parameters, weights, retain_graph=True):
+            require(gradient.isfinite().all(), f"gradient of {name}", "finite values", gradient)
 
 
 # Distributions that list their outcomes.
@@ -310,32 +281,32 @@ def _enumerate_support(d: TorchDistributionMixin) -> None:
     wide, narrow = d.enumerate_support(), d.enumerate_support(expand=False)
     n = len(narrow)
     expected = (n, *d.batch_shape, *d.event_shape)
-    _require(wide.shape == expected, "shape of enumerate_support()", expected, tuple(wide.shape))
+    require(wide.shape == expected, "shape of enumerate_support()", expected, tuple(wide.shape))
     expected = (n, *(1,) * len(d.batch_shape), *d.event_shape)
-    _require(narrow.shape == expected, "shape of enumerate_support(expand=False)", expected, tuple(narrow.shape))
-    _same("enumerate_support(expand=False), expanded", narrow.expand(wide.shape), wide)
-    _require(d.support.check(wide).all(), "enumerate_support", f"values in the support {d.support}", wide)
+    require(narrow.shape == expected, "shape of enumerate_support(expand=False)", expected, tuple(narrow.shape))
+    same("enumerate_support(expand=False), expanded", narrow.expand(wide.shape), wide)
+    require(d.support.check(wide).all(), "enumerate_support", f"values in the support {d.support}", wide)
     rows = torch.stack([d.log_prob(value) for value in wide])
-    _same("log_prob of enumerate_support(expand=False)", d.log_prob(narrow), rows)
-    _same("log_prob of enumerate_support()", d.log_prob(wide), rows)
+    same("log_prob of enumerate_support(expand=False)", d.log_prob(narrow), rows)
+    same("log_prob of enumerate_support()", d.log_prob(wide), rows)
 
 
 def _sums_over_outcomes(d: TorchDistributionMixin) -> None:
     values, log_probs = _log_probs(d)
     probs = log_probs.exp()
-    _same("sum of probabilities over enumerate_support()", probs.sum(0), torch.ones_like(probs[0]))
+    same("sum of probabilities over enumerate_support()", probs.sum(0), torch.ones_like(probs[0]))
     facts = _facts(d, values[0])
     if "entropy" in facts:
         terms = torch.where(probs > 0, -probs * torch.where(probs > 0, log_probs, 0.0), 0.0)
-        _same("entropy", facts["entropy"], terms.sum(0))
+        same("entropy", facts["entropy"], terms.sum(0))
     if "mode" in facts:
-        _same("log_prob of the mode", d.log_prob(facts["mode"]), log_probs.amax(0))
+        same("log_prob of the mode", d.log_prob(facts["mode"]), log_probs.amax(0))
     weights = probs.reshape(probs.shape + (1,) * len(d.event_shape))
     mean = (weights * values).sum(0)
     moments = {"mean": mean, "variance": (weights * (values - mean).square()).sum(0)}
     for name, moment in moments.items():
         if name in facts and not facts[name].isnan().all():
-            _same(name, facts[name], moment)
+            same(name, facts[name], moment)
 
 
 # Distributions that know which outcomes have probability zero.
@@ -346,8 +317,8 @@ def _covered(d: TorchDistributionMixin, values: Tensor, name: str) -> Tensor:
     dense, values = d.enumerate_support().unsqueeze(1), values.expand(len(values), *d.batch_shape, *d.event_shape)
     equal = dense == values
     match = equal.flatten(equal.dim() - len(d.event_shape)).all(-1) if d.event_shape else equal
-    _require((match.sum(0) == 1).all(), name, "outcomes of enumerate_support()", values)
-    _require((match.sum(1) <= 1).all(), name, "each outcome at most once", values)
+    require((match.sum(0) == 1).all(), name, "outcomes of enumerate_support()", values)
+    require((match.sum(1) <= 1).all(), name, "each outcome at most once", values)
     return match.any(1)
 
 
@@ -355,19 +326,19 @@ def _sparse_support(d: TorchDistributionMixin) -> None:
     values, log_probs = d.sparse_support()
     positive = _log_probs(d)[1].exp() > 0
     size = positive.sum(0)
-    _same("support_size", d.support_size, size)
+    same("support_size", d.support_size, size)
     expected = (int(size.max()), *d.batch_shape, *d.event_shape)
-    _require(values.shape == expected, "shape of the values of sparse_support()", expected, tuple(values.shape))
+    require(values.shape == expected, "shape of the values of sparse_support()", expected, tuple(values.shape))
     covered = _covered(d, values, "sparse_support()")
-    _require((covered | ~positive).all(), "sparse_support()", "all outcomes with positive probability", values)
-    _same("log_probs of sparse_support()", log_probs, d.log_prob(values))
+    require((covered | ~positive).all(), "sparse_support()", "all outcomes with positive probability", values)
+    same("log_probs of sparse_support()", log_probs, d.log_prob(values))
     padding = log_probs.exp() == 0
-    _same("number of paddings in sparse_support()", padding.sum(0), len(values) - size)
-    _require((log_probs[padding] == -torch.inf).all(), "log_probs of padding in sparse_support()", "-inf", log_probs)
+    same("number of paddings in sparse_support()", padding.sum(0), len(values) - size)
+    require((log_probs[padding] == -torch.inf).all(), "log_probs of padding in sparse_support()", "-inf", log_probs)
 
     narrow, narrow_log_probs = d.sparse_support(expand=False)
-    _same("values of sparse_support(expand=False), expanded", narrow.expand(values.shape), values)
-    _same("log_probs of sparse_support(expand=False), expanded", narrow_log_probs.expand(log_probs.shape), log_probs)
+    same("values of sparse_support(expand=False), expanded", narrow.expand(values.shape), values)
+    same("log_probs of sparse_support(expand=False), expanded", narrow_log_probs.expand(log_probs.shape), log_probs)
 
 
 def _unions(d: TorchDistributionMixin) -> None:
@@ -377,20 +348,20 @@ def _unions(d: TorchDistributionMixin) -> None:
         name = f"support_values({union_dims})"
         values = d.support_values(union_dims)
         used = positive.any(union_dims, keepdim=True) if union_dims else positive
-        _require(len(values) == used.sum(0).max(), f"number of {name}", int(used.sum(0).max()), len(values))
+        require(len(values) == used.sum(0).max(), f"number of {name}", int(used.sum(0).max()), len(values))
         batch = values.shape[1 : values.dim() - len(d.event_shape)]
         shared = len(batch) == len(dims) and all(batch[dim] == 1 for dim in union_dims)
-        _require(shared, f"batch shape of {name}", "size one at these dims", tuple(batch))
+        require(shared, f"batch shape of {name}", "size one at these dims", tuple(batch))
         covered = _covered(d, values, name)
-        _require((covered | ~positive).all(), name, "all outcomes with positive probability", values)
+        require((covered | ~positive).all(), name, "all outcomes with positive probability", values)
 
 
 def _sparse_family(d: TorchDistributionMixin) -> None:
     values, log_probs = _log_probs(d)
-    _require(d.num_outcomes == len(values), "num_outcomes", len(values), d.num_outcomes)
-    _same("log_prob of to_dense()", d.to_dense().log_prob(values), log_probs)
+    require(d.num_outcomes == len(values), "num_outcomes", len(values), d.num_outcomes)
+    same("log_prob of to_dense()", d.to_dense().log_prob(values), log_probs)
     masked = d.mask(torch.zeros(d.batch_shape, dtype=torch.bool, device=values.device))
-    _require(getattr(masked, "has_sparse_support", False), "has_sparse_support after mask", True, False)
-    _same("support_size after mask", masked.support_size, d.support_size)
+    require(getattr(masked, "has_sparse_support", False), "has_sparse_support after mask", True, False)
+    same("support_size after mask", masked.support_size, d.support_size)
     for got, expected in zip(masked.sparse_support(), d.sparse_support(), strict=True):
-        _same("sparse_support() after mask", got, expected)
+        same("sparse_support() after mask", got, expected)
