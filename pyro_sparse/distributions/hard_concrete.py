@@ -2,11 +2,12 @@ r"""A gate that is exactly closed, exactly open, or in between."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
@@ -109,6 +110,10 @@ class HardConcrete(Stretched):
     def _quantile(self, u: Tensor) -> Tensor:
         k = torch.sigmoid((torch.logit(u) + self.logits) / self.temperature)
         return self.low + (self.high - self.low) * k
+
+    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """As of every mixed distribution; here the quantile function is elementary, and so is its derivative."""
+        return self._draw(self._extended_shape(Size(sample_shape)))
 
     def point_estimate(self, kind: str = "mean") -> Tensor:
         if kind == "l0":

@@ -70,10 +70,13 @@ class RectifiedDistribution(MixedDistribution):
 
     # Draws.
 
-    def _draw(self, shape: Size) -> Tensor:
-        eps = torch.finfo(self._zero.dtype)
+    def _uniform(self, shape: Size) -> Tensor:
+        info = torch.finfo(self._zero.dtype)
         u = torch.rand(shape, dtype=self._zero.dtype, device=self._zero.device)
-        return self._quantile(u.clamp(eps.tiny, 1 - eps.eps)).clamp(0.0, 1.0)
+        return u.clamp(info.tiny, 1 - info.eps)
+
+    def _draw(self, shape: Size) -> Tensor:
+        return self._quantile(self._uniform(shape)).clamp(0.0, 1.0)
 
     def _pathwise(self, z: Tensor) -> Tensor:
         inside = (z > 0) & (z < 1)
@@ -126,7 +129,11 @@ class RectifiedDistribution(MixedDistribution):
         """At which the density gathers: quantiles of the inside, where nothing better is known."""
         at_zero, at_one = self._log_cdf(self._zero).exp(), self._log_cdf(self._zero + 1).exp()
         levels = torch.tensor(_LEVELS, dtype=at_zero.dtype, device=at_zero.device).reshape(-1, *(1,) * at_zero.dim())
-        return list(self._quantile(at_zero + levels * (at_one - at_zero)))
+        return list(self._near_quantile(at_zero + levels * (at_one - at_zero)))
+
+    def _near_quantile(self, u: Tensor) -> Tensor:
+        """As the quantile, but good enough to end a panel."""
+        return self._quantile(u)
 
     def _kinks(self) -> list[Tensor]:
         """Near which log f bends."""

@@ -137,7 +137,7 @@ class StretchedRectified(RectifiedDistribution):
 
     def _peaks(self) -> list[Tensor]:
         # The middle of the base is where a Laplace density, say, has its corner.
-        return [*super()._peaks(), self._bisected(torch.full_like(self._base_cdf(self._zero), 0.5))]
+        return [*super()._peaks(), self._near_quantile(torch.full_like(self._base_cdf(self._zero), 0.5))]
 
     def _kinks(self) -> list[Tensor]:
         return self._peaks()
@@ -149,12 +149,15 @@ class StretchedRectified(RectifiedDistribution):
 
     def _quantile(self, u: Tensor) -> Tensor:
         at_zero, at_one = self._base_cdf(self._zero) >= u, self._base_cdf(self._zero + 1) < u
-        return torch.where(at_zero, 0.0, torch.where(at_one, 1.0, self._bisected(u)))
+        return torch.where(at_zero, 0.0, torch.where(at_one, 1.0, self._bisected(u, 60)))
 
-    def _bisected(self, u: Tensor) -> Tensor:
-        # cdf is monotone, so its inverse needs nothing but cdf: as many halvings as the dtype has bits to tell apart.
+    def _near_quantile(self, u: Tensor) -> Tensor:
+        return self._bisected(u, 25)
+
+    def _bisected(self, u: Tensor, halvings: int) -> Tensor:
+        # cdf is monotone, so its inverse needs nothing but cdf; in float32, 30 halvings leave nothing to tell apart.
         low, high = torch.zeros_like(u), torch.ones_like(u)
-        for _ in range(60 if u.dtype == torch.float64 else 30):
+        for _ in range(halvings if u.dtype == torch.float64 else min(halvings, 30)):
             middle = (low + high) / 2
             short = self._base_cdf(middle) < u
             low, high = torch.where(short, middle, low), torch.where(short, high, middle)

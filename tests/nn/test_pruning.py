@@ -1,0 +1,161 @@
+"""prune: a smaller ordinary network with the same outputs, whatever is closed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_sparse.nn import HardConcreteGate, L0Conv2d, L0Linear, prune
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(L0Linear(12, 9), nn.ReLU(), L0Linear(9, 7), nn.Tanh(), nn.Dropout(), L0Linear(7, 3))
+
+
+def mlp_with_plain_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 9), nn.GELU(), L0Linear(9, 7, bias=False), nn.Identity(), nn.Linear(7, 3))
+
+
+def lenet() -> nn.Sequential:
+    return nn.Sequential(
+        *(L0Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(L0Conv2d(6, 5, 3, bias=False), nn.ELU(), nn.AvgPool2d(2)),
+        *(nn.Flatten(), L0Linear(5 * 1 * 1, 6), nn.ReLU(), L0Linear(6, 3), nn.LogSoftmax(-1)),
+    )
+
+
+def wide_flatten() -> nn.Sequential:
+    """Several inputs of the linear layer for each feature map, some of which close on their own."""
+    return nn.Sequential(L0Conv2d(2, 4, 3), nn.LeakyReLU(), nn.Flatten(), L0Linear(4 * 36, 3))
+
+
+def convolutions_only() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), L0Conv2d(4, 6, 3), nn.SiLU(), nn.Conv2d(6, 5, 1, stride=2), L0Conv2d(5, 3, 1)
+    )
+
+
+NETWORKS = {
+    mlp: (4, 12),
+    mlp_with_plain_layers: (4, 12),
+    lenet: (4, 2, 8, 8),
+    wide_flatten: (4, 2, 8, 8),
+    convolutions_only: (4, 2, 8, 8),
+}
+
+
+def gates(network: nn.Module) -> list[HardConcreteGate]:
+    return [module for module in network.modules() if isinstance(module, HardConcreteGate)]
+
+
+@pytest.mark.parametrize("make, shape", NETWORKS.items())
+@pytest.mark.parametrize("seed", range(4))
+def test_same_outputs_fewer_weights(make: Any, shape: tuple[int, ...], seed: int) -> None:
+    """Gates closed at random, at least one open and one closed in each layer; others half open."""
+    torch.manual_seed(seed)
+    network = make().eval()
+    for gate in gates(network):
+        gate.logits.data.uniform_(-4.0, 4.0)
+        gate.logits.data.flatten()[:2] = torch.tensor([1.0, -4.0])
+    before = copy.deepcopy(network.state_dict())
+    state = torch.get_rng_state()
+    smaller, kept = prune(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values(), strict=True))
+    assert {type(module) for module in smaller} <= {type(module) for module in network} | {nn.Linear, nn.Conv2d}
+    assert not gates(smaller) and not smaller.training
+    x = torch.randn(shape)
+    torch.testing.assert_close(smaller(x[:, kept]), network(x))
+    count = [sum(p.numel() for p in net.parameters() if p.dim() > 1) for net in (smaller, network)]
+    assert count[0] < count[1]
+
+
+@pytest.mark.parametrize("make, shape", NETWORKS.items())
+def test_nothing_closed_nothing_cut(make: Any, shape: tuple[int, ...]) -> None:
+    network = make().eval()
+    for gate in gates(network):
+        gate.logits.data.fill_(2.0)
+    smaller, kept = prune(network)
+    assert kept.tolist() == list(range(shape[1]))
+    plain = [m for m in smaller if isinstance(m, (nn.Linear, nn.Conv2d))]
+    gated = [m for m in network if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert [m.weight.shape for m in plain] == [m.weight.shape for m in gated]
+    torch.testing.assert_close(smaller(torch.ones(shape)), network(torch.ones(shape)))
+
+
+def test_sizes_by_hand() -> None:
+    network = mlp().eval()
+    for gate, closed in zip(gates(network), ([0, 1, 2], [3], [0, 6]), strict=True):
+        gate.logits.data.fill_(4.0)
+        gate.logits.data[closed] = -4.0
+    smaller, kept = prune(network)
+    assert kept.tolist() == list(range(3, 12))
+    assert [tuple(m.weight.shape) for m in smaller if isinstance(m, nn.Linear)] == [(8, 9), (5, 8), (3, 5)]
+
+
+def test_a_map_goes_where_all_its_features_are_closed() -> None:
+    network = wide_flatten().eval()
+    for gate in gates(network):
+        gate.logits.data.fill_(4.0)
+    gates(network)[1].logits.data[36:72] = -4.0  # all of map 1
+    gates(network)[1].logits.data[72:100] = -4.0  # some of map 2
+    smaller, _ = prune(network)
+    assert [tuple(smaller[i].weight.shape[:2]) for i in (0, 3)] == [(3, 2), (3, 108)]
+    x = torch.randn(4, 2, 8, 8)
+    torch.testing.assert_close(smaller(x), network(x))
+
+
+def test_a_network_of_closed_gates_is_a_constant() -> None:
+    network = mlp().eval()
+    for gate in gates(network):
+        gate.logits.data.fill_(-4.0)
+    smaller, kept = prune(network)
+    assert kept.numel() == 0
+    torch.testing.assert_close(smaller(torch.randn(4, 0)), network(torch.randn(4, 12)))
+
+
+def test_gates_that_never_close_are_kept() -> None:
+    network = nn.Sequential(L0Linear(5, 3, kind="mean", init_open=0.05)).eval()
+    smaller, kept = prune(network)
+    assert kept.tolist() == list(range(5))
+    torch.testing.assert_close(smaller(torch.ones(2, 5)), network(torch.ones(2, 5)))
+
+
+def test_modes_are_kept_module_by_module() -> None:
+    network = mlp().train()
+    network[4].eval()
+    smaller, _ = prune(network)
+    assert [module.training for module in smaller] == [module.training for module in network]
+    assert smaller.training
+
+
+@pytest.mark.parametrize(
+    "network, error, message",
+    [
+        (L0Linear(3, 2), TypeError, r"an nn.Sequential, got L0Linear\. "),
+        (nn.Sequential(nn.ReLU()), ValueError, r"a network with layers, got Sequential.*\. "),
+        (nn.Sequential(L0Linear(3, 2), nn.Sigmoid(), L0Linear(2, 2)), TypeError, r"got Sigmoid\(\) as module 1\. "),
+        (nn.Sequential(L0Linear(3, 2), nn.LayerNorm(2), L0Linear(2, 2)), TypeError, "got LayerNorm.* as module 1"),
+        (nn.Sequential(nn.Sequential(L0Linear(3, 2)), L0Linear(2, 2)), TypeError, "got Sequential.* as module 0"),
+        (nn.Sequential(nn.Flatten(), L0Linear(3, 2)), TypeError, "got Flatten.* as module 0"),
+        (nn.Sequential(L0Conv2d(3, 4, 3), L0Linear(8, 2)), TypeError, "got none before module 1"),
+        (nn.Sequential(L0Conv2d(3, 4, 3), nn.Flatten(2), L0Linear(8, 2)), TypeError, "got Flatten.* as module 1"),
+        (nn.Sequential(L0Linear(3, 4), nn.MaxPool2d(1), L0Linear(4, 2)), TypeError, "got MaxPool2d.* as module 1"),
+        (nn.Sequential(L0Linear(3, 4), nn.Conv2d(4, 2, 1)), TypeError, "got none before module 1"),
+        (nn.Sequential(L0Conv2d(4, 4, 3, groups=2)), ValueError, "without groups, got L0Conv2d.* as module 0"),
+        (nn.Sequential(L0Linear(3, 4), L0Linear(8, 2)), ValueError, "modules 0 and 1, got 4 outputs and 8 inputs"),
+        (nn.Sequential(L0Conv2d(3, 4, 3), nn.Flatten(), L0Linear(7, 2)), ValueError, "got 4 outputs and 7 inputs"),
+        (
+            nn.Sequential(L0Conv2d(3, 4, 3, init_open=0.1), nn.Conv2d(4, 2, 1)),
+            ValueError,
+            "an open feature map between modules 0 and 1, got none of 4",
+        ),
+    ],
+)
+def test_what_cannot_be_pruned(network: nn.Module, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"(?s)^prune: expected .*{message}"):
+        prune(network)  # type: ignore[arg-type]
