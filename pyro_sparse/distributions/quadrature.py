@@ -53,7 +53,8 @@ def place(breaks: list[Tensor], shape: Size, stretch: Stretch, count: int) -> Po
     y, weights = panels(torch.stack([first, *inner, last]), count)
     if stretch is None:
         return Points(y, weights, None, None)
-    width, log_parts = high - low, (logsigmoid(y), logsigmoid(-y))
+    width, log_k = high - low, logsigmoid(y)
+    log_parts = log_k, log_k - y
     info = torch.finfo(y.dtype)
     inside = (low + width * y.sigmoid()).clamp(info.tiny, 1 - info.eps / 2)
     return Points(inside, weights * width * (log_parts[0] + log_parts[1]).exp(), stretch, log_parts)

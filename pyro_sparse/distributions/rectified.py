@@ -182,5 +182,5 @@ class RectifiedDistribution(MixedDistribution):
 
     def entropy(self) -> Tensor:
         r""":math:`-\sum_a P_a \log P_a - \int_0^1 f \log f`, in nats w.r.t. the base measure."""
-        inside = self._integral(lambda _, log_density: -log_density)
-        return (self._atoms_entropy() + inside).expand(self._batch_shape)
+        inside = self._integral(lambda _, log_density: log_density)
+        return (self._atoms_entropy() - inside).expand(self._batch_shape)

@@ -168,6 +168,15 @@ def sampler(pathwise: bool) -> Draw:
     return lambda name, d: pyro.sample(name, d.has_rsample_(True) if pathwise else d)
 
 
+def place(d: Any, z: Tensor) -> None:
+    """Has a distribution draw z."""
+    if isinstance(d, HardConcrete):  # differentiates its quantile function
+        u = torch.where(z == 0, d.prob_zero / 2, torch.where(z == 1, 1 - d.prob_one / 2, d.cdf(z))).detach()
+        d._uniform = lambda shape: u.expand(shape)
+    else:
+        d._draw = lambda shape: z.expand(shape)
+
+
 # One latent.
 
 

@@ -32,6 +32,7 @@ from mixed_programs import (
     exact_gradient,
     one_site,
     one_site_elbo,
+    place,
     sampler,
     shifted,
     standard_errors,
@@ -46,7 +47,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_sparse.distributions import HardConcrete, SparseCategorical
+from pyro_sparse.distributions import SparseCategorical
 from pyro_sparse.infer import SparseEnumELBO
 
 DRAWS = 100_000
@@ -56,15 +57,6 @@ GRID = [(f, r) for f, r in itertools.product(FAMILIES, ROUTES) if not ROUTES[r].
 
 
 # Exactly: a draw is placed at each quadrature point, so the mean over draws has no noise.
-
-
-def place(d: Any, z: Tensor) -> None:
-    """Has a distribution draw z."""
-    if isinstance(d, HardConcrete):  # differentiates its quantile function
-        u = torch.where(z == 0, d.prob_zero / 2, torch.where(z == 1, 1 - d.prob_one / 2, d.cdf(z))).detach()
-        d._uniform = lambda shape: u.expand(shape)
-    else:
-        d._draw = lambda shape: z.expand(shape)
 
 
 def placing(values: dict[str, Tensor], pathwise: bool) -> Draw:
@@ -169,7 +161,6 @@ def test_naive_pathwise_entropy_is_biased(family: str) -> None:
 
 @pytest.mark.slow
 def test_pathwise_draws_with_a_drawn_kl_are_biased() -> None:
-    """What a distribution with ``has_rsample = True`` and no more than that does under Trace_ELBO."""
     f = FAMILIES["HardConcrete"]
     rows = drawn(Route(Trace_ELBO), lambda n: one_site(f, n, sampler(True)))
     assert standard_errors(rows - exact_gradient(lambda t: one_site_elbo(f, t), f.q())).max() > 20
