@@ -152,7 +152,7 @@ class StretchedRectified(RectifiedDistribution):
         return torch.where(at_zero, 0.0, torch.where(at_one, 1.0, self._bisected(u, 60)))
 
     def _near_quantile(self, u: Tensor) -> Tensor:
-        return self._bisected(u, 25)
+        return self._bisected(u, 40)
 
     def _bisected(self, u: Tensor, halvings: int) -> Tensor:
         # cdf is monotone, so its inverse needs nothing but cdf; in float32, 30 halvings leave nothing to tell apart.

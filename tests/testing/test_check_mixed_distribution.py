@@ -161,10 +161,8 @@ class PathwiseKeepsItsScore(HardConcrete):
 
 
 class PathwiseForgetsTheAtoms(HardConcrete):
-    def _pathwise(self, z: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        within = self._stratified(z.shape)
-        return z + (within - within.detach())
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self._stratified(self._extended_shape(sample_shape))
 
 
 class StockMask(HardConcrete):
