@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_sparse._autograd import graph_leaves
 from pyro_sparse.diagnostics.gradient_moments import Moments
 from pyro_sparse.distributions.mixed import MixedDistribution
 from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
@@ -87,24 +88,10 @@ def _jumps(fn: Any) -> bool:
 
 def _leaves(trace: poutine.Trace) -> dict[int, Tensor]:
     """The tensors that require gradients and that the values and log-probabilities of a trace come from."""
-    tensors = [site[key] for site in trace.nodes.values() for key in ("value", "log_prob") if key in site]
-    leaves: dict[int, Tensor] = {}
-    pending: list[Any] = []
-    for x in tensors:
-        if isinstance(x, Tensor) and x.requires_grad:
-            if x.is_leaf:
-                leaves[id(x)] = x
-            else:
-                pending.append(x.grad_fn)
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        if hasattr(node, "variable"):  # where autograd accumulates a leaf's gradient
-            leaves[id(node.variable)] = node.variable
-        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= new
-        pending.extend(new)
-    return leaves
+    found = [site[key] for site in trace.nodes.values() for key in ("value", "log_prob") if key in site]
+    tensors = [x for x in found if isinstance(x, Tensor) and x.requires_grad]
+    leaves = [*(x for x in tensors if x.is_leaf), *graph_leaves(x.grad_fn for x in tensors)]
+    return {id(x): x for x in leaves}
 
 
 class RowCounter(Messenger):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sparse._autograd import graph_leaves
 from pyro_sparse.estimators.base import Baseline, Plate, Site
 
 
@@ -248,15 +249,9 @@ def require_own_graph(owner: str, value: Tensor, module: nn.Module) -> None:
     if value.isnan().any():
         raise ValueError(f"{owner}: expected a number for each element, got NaN. Look at the network and its inputs.")
     own = {id(parameter) for parameter in module.parameters()}
-    todo, seen = [value.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in own:
+    for leaf in graph_leaves([value.grad_fn]):
+        if id(leaf) not in own:
             raise ValueError(
                 f"{owner}: expected a value that depends on the network's own parameters, got one attached to another "
                 f"tensor, of shape {tuple(leaf.shape)}. Detach the inputs: inputs=lambda x: f(x).detach()."
             )
-        todo += [parent for parent, _ in node.next_functions]

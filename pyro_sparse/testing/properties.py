@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pyro_sparse._autograd import graph_leaves
+
 T = TypeVar("T")
 
 
@@ -39,11 +41,4 @@ def leaves(result: Tensor) -> Iterator[Tensor]:
     """The leaf tensors that a result depends on."""
     if result.requires_grad and result.is_leaf:
         yield result
-    seen, todo = set(), [result.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-            if hasattr(node, "variable"):
-                yield node.variable
+    yield from graph_leaves([result.grad_fn])
