@@ -109,8 +109,7 @@ class HardConcrete(Stretched):
         return self._peaks()
 
     def _quantile(self, u: Tensor) -> Tensor:
-        k = torch.sigmoid((torch.logit(u) + self.logits) / self.temperature)
-        return self.low + (self.high - self.low) * k
+        return self._unstretched((torch.logit(u) + self.logits) / self.temperature)
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """As of every mixed distribution; here the quantile function is elementary, and so is its derivative."""
@@ -118,7 +117,7 @@ class HardConcrete(Stretched):
 
     def point_estimate(self, kind: str = "mean") -> Tensor:
         if kind == "l0":
-            return (self.low + (self.high - self.low) * torch.sigmoid(self.logits)).clamp(0.0, 1.0)
+            return self._unstretched(self.logits).clamp(0.0, 1.0)
         return super().point_estimate(kind)
 
     def __repr__(self) -> str:

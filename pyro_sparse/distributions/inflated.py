@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Uniform, constraints
 
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
-from pyro_sparse.distributions.mixed import MixedDistribution, check_univariate, has_cdf, implicit
+from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf, implicit
 from pyro_sparse.distributions.quadrature import Stretch, nearly_none
 
 
@@ -28,20 +28,19 @@ class InflatedDistribution(MixedDistribution):
 
     @property
     def _stretch(self) -> Stretch:
-        return None if isinstance(self.slab, Uniform) else nearly_none(self.prob_zero)
+        return None if isinstance(self.slab, Uniform) else nearly_none(self._zero)
 
-    def _set_slab(self, slab: Any, batch_shape: Size, validate_args: bool | None) -> None:
+    def __init__(self, slab: Any, batch_shape: Size, like: Tensor, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "slab", slab)
         self.slab = slab
-        super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), validate_args=False)
-        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), like, validate_args)
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
         return MixedConstraint(self.slab.support, self._atoms)
 
     def _harmless(self) -> Tensor:
-        return interior_point(self.slab.support, self.prob_zero)
+        return interior_point(self.slab.support, self._zero)
 
     def _log_density(self, z: Tensor) -> Tensor:
         return self._log_weights()[-1] + self.slab.log_prob(z)
@@ -91,19 +90,11 @@ class InflatedDistribution(MixedDistribution):
     def _stratified(self, shape: Size) -> Tensor:
         return self._placed(self._strata(shape), self._slab_draw(shape, attached=True))
 
-    def _placed(self, stratum: Tensor, z: Tensor) -> Tensor:
-        for i, atom in enumerate(self._atoms):
-            z = torch.where(stratum == i, atom, z)
-        return z
-
     def _pathwise(self, z: Tensor) -> Tensor:
         self._require_pathwise()
-        inside = torch.ones_like(z, dtype=torch.bool)
-        for atom in self._atoms:
-            inside = inside & (z != atom)
         inner = self._inside(z)
         log_mass, below = self._log_tail(inner)
-        return implicit(z, inside, below, log_mass, self._log_density(inner))
+        return implicit(z, self._is_inside(z), below, log_mass, self._log_density(inner))
 
     def _log_tail(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log-mass on one side of a point inside, and whether that side is below."""
@@ -136,11 +127,8 @@ class InflatedDistribution(MixedDistribution):
         return self._placed(self._stacked_weights().argmax(0), self.slab.mean.expand(self._batch_shape))
 
     def _slab_cdf(self, z: Tensor) -> Tensor:
-        """The slab's cdf anywhere on the line: a slab may refuse points outside its support."""
         self._require_cdf("cdf")
-        support = self.slab.support
-        ok, middle = support.check(z), interior_point(support, z)
-        return torch.where(ok, self.slab.cdf(torch.where(ok, z, middle)), (z > middle).to(z.dtype))
+        return cdf_anywhere(self.slab, z)
 
     def cdf(self, value: Tensor) -> Tensor:
         r""":math:`\Pr(Z \le z)`, right-continuous, with a jump at each atom."""
@@ -158,17 +146,13 @@ class InflatedDistribution(MixedDistribution):
                 f"{type(self).__name__}.icdf: expected a slab with an icdf, got {type(self.slab).__name__}. "
                 "Use another slab, or invert cdf numerically."
             )
-        like = self.prob_zero
-        u = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-        if self._validate_args:
-            self._check_probability(u)
-        u = u.expand(torch.broadcast_shapes(u.shape, self._batch_shape))
+        u = self._probability(value)
         # Probability of the atoms so far, and of those that u is past.
-        before, taken = torch.zeros_like(like), torch.zeros_like(u)
+        before, taken = self._zero, torch.zeros_like(u)
         stratum = torch.full_like(u, len(self._atoms), dtype=torch.long)
         least, most = torch.full_like(u, -math.inf), torch.full_like(u, math.inf)
         for i, (atom, prob) in enumerate(self._atoms_and_probs()):
-            below = self.prob_interior * self._slab_cdf(torch.full_like(like, atom)) + before
+            below = self.prob_interior * self._slab_cdf(self._zero + atom) + before
             at, past = (u <= below + prob) & ((u > below) | (below <= 0)), u > below + prob
             before = before + prob
             stratum, taken = torch.where(at, i, stratum), torch.where(past, before, taken)

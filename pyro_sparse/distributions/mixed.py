@@ -25,7 +25,7 @@ from torch.distributions import Distribution
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyro_sparse._numerics import entropy_terms
-from pyro_sparse.distributions.constraints import mixed_unit_interval
+from pyro_sparse.distributions.constraints import interior_point, mixed_unit_interval
 from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
 from pyro_sparse.distributions.quadrature import Stretch
 
@@ -58,6 +58,14 @@ class MixedDistribution(TorchDistribution):
     _atoms: ClassVar[tuple[float, ...]] = (0.0, 1.0)
     #: parameters that `expand` expands
     _tensors: ClassVar[tuple[str, ...]] = ()
+    #: a scalar zero of the parameters' dtype, on their device
+    _zero: Tensor
+
+    def __init__(self, batch_shape: Size, like: Tensor, validate_args: bool | None) -> None:
+        self._zero = like.detach().new_zeros(())
+        # Not torch's validation, which knows no parameter that is a number: a family checks its own.
+        super().__init__(batch_shape, validate_args=False)
+        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
 
     @property
     def _stretch(self) -> Stretch:
@@ -119,12 +127,16 @@ class MixedDistribution(TorchDistribution):
 
     # Densities.
 
+    def _is_inside(self, z: Tensor) -> Tensor:
+        """Whether z is in the support, and no atom."""
+        inside: Tensor = self.support.check(z)
+        for atom in self._atoms:
+            inside = inside & (z != atom)
+        return inside
+
     def _inside(self, z: Tensor) -> Tensor:
         """z with a harmless point where it is an atom or outside the support."""
-        atom = ~self.support.check(z)
-        for a in self._atoms:
-            atom = atom | (z == a)
-        return torch.where(atom, self._harmless(), z)
+        return torch.where(self._is_inside(z), z, self._harmless())
 
     def _by_stratum(self, z: Tensor, at_atoms: tuple[Tensor, ...], inside: Tensor) -> Tensor:
         for atom, at_atom in zip(self._atoms, at_atoms, strict=True):
@@ -150,21 +162,20 @@ class MixedDistribution(TorchDistribution):
         Args:
             value: floating-point, broadcastable with ``batch_shape``.
         """
-        return self.score_parts(value).log_prob
+        if self._validate_args:
+            self._check_value(value)
+        log_prob = self._by_stratum(value, self._log_weights()[:-1], self._log_density(self._inside(value)))
+        if not self._validate_args:
+            log_prob = torch.where(self.support.check(value) | value.isnan(), log_prob, -math.inf)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self._batch_shape))
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """The log-probability, which is also the entropy term, and that of the stratum as the score function."""
-        if self._validate_args:
-            self._check_value(value)
-        *atoms, log_inside = self._log_weights()
-        z = self._inside(value)
-        log_prob = self._by_stratum(value, tuple(atoms), self._log_density(z))
-        if not self._validate_args:
-            log_prob = torch.where(self.support.check(value) | value.isnan(), log_prob, -math.inf)
-        log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, self._batch_shape))
+        log_prob = self.log_prob(value)
         if self.has_rsample:
             return ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]  # as Pyro's own
-        stratum = self._by_stratum(value, tuple(atoms), self._inside_score(z, log_inside))
+        *atoms, log_inside = self._log_weights()
+        stratum = self._by_stratum(value, tuple(atoms), self._inside_score(self._inside(value), log_inside))
         return ScoreParts(log_prob, stratum.expand(log_prob.shape), log_prob)
 
     # Probabilities of the strata.
@@ -172,9 +183,13 @@ class MixedDistribution(TorchDistribution):
     def _stacked_weights(self) -> Tensor:
         return torch.stack([w.expand(self._batch_shape) for w in self._log_weights()])
 
-    def _check_probability(self, value: Tensor) -> None:
-        ok = (value >= 0) & (value <= 1)
-        checked(type(self).__name__, "icdf", value, ok, "a probability in [0, 1]", "Use e.g. torch.rand.")
+    def _probability(self, value: Any) -> Tensor:
+        """The argument of icdf, as a tensor that has the batch dims."""
+        u = torch.as_tensor(value, dtype=self._zero.dtype, device=self._zero.device)
+        if self._validate_args:
+            ok = (u >= 0) & (u <= 1)
+            checked(type(self).__name__, "icdf", u, ok, "a probability in [0, 1]", "Use e.g. torch.rand.")
+        return u.expand(torch.broadcast_shapes(u.shape, self._batch_shape))
 
     def _weight(self, index: int) -> Tensor:
         return self._log_weights()[index].exp().expand(self._batch_shape)
@@ -199,10 +214,6 @@ class MixedDistribution(TorchDistribution):
         r""":math:`\Pr(Z \ne 0)`, the expected :math:`L_0` norm, shape ``batch_shape``; exact where it is tiny."""
         return self._stacked_weights()[1:].logsumexp(0).exp()
 
-    @property
-    def stddev(self) -> Tensor:
-        return self.variance.sqrt()
-
     def _atoms_entropy(self) -> Tensor:
         terms = [entropy_terms(w) for w in self._log_weights()[:-1]]
         return sum(terms[1:], terms[0])
@@ -222,7 +233,7 @@ class MixedDistribution(TorchDistribution):
         if kind == "mean":
             return self.mean
         if kind == "median":
-            return self.icdf(torch.full((), 0.5, dtype=self.prob_zero.dtype, device=self.prob_zero.device))
+            return self.icdf(self._zero + 0.5)
         if kind == "mode":
             return self.mode
         raise ValueError(
@@ -235,10 +246,13 @@ class MixedDistribution(TorchDistribution):
         """The most probable stratum: an atom, or the mean given that it is none."""
         prob = self.prob_interior
         inside = (self.mean - self.prob_one) / torch.where(prob > 0, prob, 1.0)
-        best = self._stacked_weights().argmax(0)
+        return self._placed(self._stacked_weights().argmax(0), inside)
+
+    def _placed(self, stratum: Tensor, z: Tensor) -> Tensor:
+        """z, or the atom of this number."""
         for i, atom in enumerate(self._atoms):
-            inside = torch.where(best == i, atom, inside)
-        return inside
+            z = torch.where(stratum == i, atom, z)
+        return z
 
     # Wrappers.
 
@@ -337,6 +351,12 @@ def has_cdf(d: Any) -> bool:
         return False
     inner = getattr(d, "base_dist", None) or getattr(d, "component_distribution", None)
     return inner is None or has_cdf(inner)
+
+
+def cdf_anywhere(d: Any, x: Tensor) -> Tensor:
+    """The cdf of a univariate distribution on the whole line: outside of its support it may refuse or return NaN."""
+    ok, middle = d.support.check(x), interior_point(d.support, x)
+    return torch.where(ok, d.cdf(torch.where(ok, x, middle)), (x > middle).to(x.dtype))
 
 
 def check_univariate(owner: str, name: str, d: Any) -> None:

@@ -51,10 +51,8 @@ class MaskedMixed(_Forwarding, MaskedDistribution):
         return copy.copy(base) if mask is True else cls(base, mask)
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        """As stock: log_prob and entropy term are masked, the score function is not."""
-        _, score, _ = self.base_dist.score_parts(value)
-        log_prob = self.log_prob(value)
-        return ScoreParts(log_prob, score, log_prob)
+        """As stock with a tensor: log_prob and entropy term are masked, the score function is not."""
+        return self.base_dist.score_parts(value).scale_and_mask(mask=self._mask)
 
     @property
     def mode(self) -> Tensor:

@@ -30,6 +30,11 @@ class Points(NamedTuple):
     log_parts: tuple[Tensor, Tensor] | None
 
 
+def logit(z: Tensor, low: Any, high: Any) -> Tensor:
+    """The coordinate of a stretch."""
+    return ((z - low) / (high - z)).log()
+
+
 def place(breaks: list[Tensor], shape: Size, stretch: Stretch, count: int) -> Points:
     """
     Nodes between each two neighbours of some points of [0, 1].
@@ -43,7 +48,7 @@ def place(breaks: list[Tensor], shape: Size, stretch: Stretch, count: int) -> Po
     z = [b.clamp(0.0, 1.0).expand(shape) for b in breaks]
     if stretch is not None:
         low, high = stretch
-        z = [((b - low) / (high - b)).log() for b in z]
+        z = [logit(b, low, high) for b in z]
     first, last, *inner = z
     inner = [b.maximum(first).minimum(last) for b in inner]
     if len(inner) == 2:  # by far the most frequent, and sort is slow

@@ -3,7 +3,6 @@ r"""A continuous variable clamped to [0, 1]: what falls outside becomes the atom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -13,12 +12,6 @@ from pyro_sparse.distributions.mixed import MixedDistribution, implicit
 from pyro_sparse.distributions.quadrature import Points, bends, nodes_for, place, same, tighter
 
 _LEVELS = (1e-14, 1e-7, 1e-3, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7, 1 - 1e-14)
-
-
-def check_nodes(owner: str, nodes: int | None) -> None:
-    """A number of nodes, or None."""
-    if nodes is not None and (not isinstance(nodes, int) or nodes < 1):
-        raise ValueError(f"{owner}.nodes: expected a positive integer or None, got {nodes!r}. Leave it out.")
 
 
 class RectifiedDistribution(MixedDistribution):
@@ -39,6 +32,14 @@ class RectifiedDistribution(MixedDistribution):
     #: how many nodes a panel has at least, where their number is left to the family
     _least_nodes: ClassVar[int] = 0
 
+    def __init__(self, batch_shape: Size, like: Tensor, nodes: int | None, validate_args: bool | None) -> None:
+        if nodes is not None and (not isinstance(nodes, int) or nodes < 1):
+            raise ValueError(
+                f"{type(self).__name__}.nodes: expected a positive integer or None, got {nodes!r}. Leave it out."
+            )
+        self.nodes = nodes
+        super().__init__(batch_shape, like, validate_args)
+
     def _log_cdf(self, z: Tensor) -> Tensor:
         """log F_T(z), finite where F_T(z) > 0 in exact arithmetic."""
         raise NotImplementedError
@@ -53,11 +54,6 @@ class RectifiedDistribution(MixedDistribution):
 
     def _quantile(self, u: Tensor) -> Tensor:
         """T at the probability u, before it is clamped."""
-        raise NotImplementedError
-
-    @property
-    def _zero(self) -> Tensor:
-        """A scalar zero of the parameters' dtype, on their device."""
         raise NotImplementedError
 
     def _log_weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,23 +75,22 @@ class RectifiedDistribution(MixedDistribution):
         return self._quantile(self._uniform(shape)).clamp(0.0, 1.0)
 
     def _pathwise(self, z: Tensor) -> Tensor:
-        inside = (z > 0) & (z < 1)
         inner = self._inside(z)
         log_below, log_above = self._log_cdf(inner), self._log_sf(inner)
         below = (log_below < log_above).detach()
+        inside = self._is_inside(z)
         return implicit(z, inside, below, torch.where(below, log_below, log_above), self._log_density(inner))
 
     def _stratified(self, shape: Size) -> Tensor:
         with torch.no_grad():
             z = self._draw(shape)
-        inside = (z > 0) & (z < 1)
         inner = self._inside(z)
         # The gradient of the conditional quantile is the same from either end of [0, 1]; a sum of masses cancels less
         # from the nearer one.
         below = inner < 0.5
         log_inside = self._log_mass(self._zero, self._zero + 1)
         log_mass = self._log_mass(torch.where(below, 0.0, inner), torch.where(below, inner, 1.0)) - log_inside
-        return implicit(z, inside, below, log_mass, self._log_density(inner) - log_inside)
+        return implicit(z, self._is_inside(z), below, log_mass, self._log_density(inner) - log_inside)
 
     # Distribution functions.
 
@@ -109,12 +104,8 @@ class RectifiedDistribution(MixedDistribution):
 
     def icdf(self, value: Tensor) -> Tensor:
         r"""The smallest z with ``cdf(z) >= value``, in [0, 1]; differentiable in the parameters."""
-        u = torch.as_tensor(value, dtype=self._zero.dtype, device=self._zero.device)
-        if self._validate_args:
-            self._check_probability(u)
-        u = u.expand(torch.broadcast_shapes(u.shape, self._batch_shape))
         with torch.no_grad():
-            z = self._quantile(u).clamp(0.0, 1.0)
+            z = self._quantile(self._probability(value)).clamp(0.0, 1.0)
         return self._pathwise(z)
 
     # Integrals over the inside.
@@ -161,26 +152,28 @@ class RectifiedDistribution(MixedDistribution):
                 breaks += [] if same(one, stretch) else bends(one, self._zero)
         return place(breaks, shape, stretch, self.nodes or max(self._least_nodes, nodes_for(stretch)))
 
-    def _integral(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The integral over (0, 1) of f(z) times ``of(z, log f(z))``."""
+    def _inside_mass(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Points z of (0, 1), their weights in an expectation over the inside, and log f (zero where f is)."""
         points = self._points()
         log_density = self._log_density_at(points)
-        weights = points.weights * log_density.exp()
+        mass = points.weights * log_density.exp()
         if not self._positive:  # 0 log 0 = 0
             log_density = torch.where(log_density == -math.inf, 0.0, log_density)
-        return (weights * of(points.z, log_density)).sum(0)
+        return points.z, mass, log_density
 
     @property
     def mean(self) -> Tensor:
-        return (self.prob_one + self._integral(lambda z, _: z)).expand(self._batch_shape)
+        z, mass, _ = self._inside_mass()
+        return (self.prob_one + (mass * z).sum(0)).expand(self._batch_shape)
 
     @property
     def variance(self) -> Tensor:
-        mean = self.mean
-        inside = self._integral(lambda z, _: (z - mean).square())
-        return inside + self.prob_zero * mean.square() + self.prob_one * (1 - mean).square()
+        z, mass, _ = self._inside_mass()
+        zero, one = self.prob_zero, self.prob_one
+        mean = one + (mass * z).sum(0)
+        return (mass * (z - mean).square()).sum(0) + zero * mean.square() + one * (1 - mean).square()
 
     def entropy(self) -> Tensor:
         r""":math:`-\sum_a P_a \log P_a - \int_0^1 f \log f`, in nats w.r.t. the base measure."""
-        inside = self._integral(lambda _, log_density: log_density)
-        return (self._atoms_entropy() - inside).expand(self._batch_shape)
+        _, mass, log_density = self._inside_mass()
+        return (self._atoms_entropy() - (mass * log_density).sum(0)).expand(self._batch_shape)

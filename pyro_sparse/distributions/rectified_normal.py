@@ -13,7 +13,7 @@ from torch.special import ndtri
 
 from pyro_sparse._numerics import gauss_legendre, log1mexp, log_ndtr
 from pyro_sparse.distributions.mixed import checked
-from pyro_sparse.distributions.rectified import RectifiedDistribution, check_nodes
+from pyro_sparse.distributions.rectified import RectifiedDistribution
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
 
@@ -64,19 +64,12 @@ class RectifiedNormal(RectifiedDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.loc, self.scale = broadcast_all(loc, scale)
-        check_nodes(type(self).__name__, nodes)
-        self.nodes = nodes
-        super().__init__(self.loc.shape, validate_args=False)
-        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        super().__init__(self.loc.shape, self.loc, nodes, validate_args)
         if self._validate_args:
             name = type(self).__name__
             checked(name, "loc", self.loc, self.loc.isfinite(), "a finite number", "Check the network.")
             ok = (self.scale > 0) & self.scale.isfinite()
             checked(name, "scale", self.scale, ok, "a positive number", "Use e.g. softplus of a network.")
-
-    @property
-    def _zero(self) -> Tensor:
-        return self.loc.new_zeros(())
 
     def _standardise(self, z: Tensor) -> Tensor:
         return (z - self.loc) / self.scale

@@ -65,7 +65,7 @@ class SpikeAndSlab(InflatedDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self._given, self._from_logits = given(type(self).__name__, logits, probs)
-        self._set_slab(slab, self._given.shape, validate_args)
+        super().__init__(slab, self._given.shape, self._given, validate_args)
         if self._validate_args:
             check_given(type(self).__name__, self._given, self._from_logits)
 
@@ -87,9 +87,8 @@ class SpikeAndSlab(InflatedDistribution):
 
     def _require_pathwise(self) -> None:
         super()._require_pathwise()
-        tiny = torch.finfo(self.prob_zero.dtype).tiny
-        zero = torch.zeros_like(self.prob_zero)
-        check = self.slab.support.check
+        zero, check = self._zero, self.slab.support.check
+        tiny = torch.finfo(zero.dtype).tiny
         if not bool((check(zero) | check(zero + tiny) | check(zero - tiny)).all()):
             raise ValueError(
                 f"{type(self).__name__}.rsample: expected a slab that reaches zero, got support {self.slab.support}. "

@@ -6,17 +6,28 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from pyro_sparse.distributions.mixed import checked
-from pyro_sparse.distributions.quadrature import Points, Stretch, same
-from pyro_sparse.distributions.rectified import RectifiedDistribution, check_nodes
+from pyro_sparse.distributions.quadrature import Points, Stretch, logit, same
+from pyro_sparse.distributions.rectified import RectifiedDistribution
 
 
 def check_stretch(owner: str, low: float | Tensor, high: float | Tensor) -> None:
     """The stretch must reach beyond both ends, by how little so ever: that is what gives the ends probability."""
     checked(owner, "low", low, (low < 0) & (low > -math.inf), "a number below 0", "Use e.g. -0.1.")
     checked(owner, "high", high, (high > 1) & (high < math.inf), "a number above 1", "Use e.g. 1.1.")
+
+
+def stretched_shape(shape: Size, low: float | Tensor, high: float | Tensor) -> Size:
+    """A batch shape broadcast with those of a stretch."""
+    return torch.broadcast_shapes(shape, *(x.shape for x in (low, high) if isinstance(x, Tensor)))
+
+
+def log_width(low: float | Tensor, high: float | Tensor) -> Any:
+    """log (high - low), a number of numbers."""
+    width = high - low
+    return width.log() if isinstance(width, Tensor) else math.log(width)
 
 
 class Stretched(RectifiedDistribution):
@@ -31,23 +42,14 @@ class Stretched(RectifiedDistribution):
     high: Any
 
     def __init__(self, like: Tensor, low: Any, high: Any, nodes: int | None, validate_args: bool | None) -> None:
-        check_nodes(type(self).__name__, nodes)
-        self.low, self.high, self.nodes = low, high, nodes
-        shapes = [x.shape for x in (low, high) if isinstance(x, Tensor)]
-        super().__init__(torch.broadcast_shapes(like.shape, *shapes), validate_args=False)
-        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        self.low, self.high = low, high
+        super().__init__(stretched_shape(like.shape, low, high), like, nodes, validate_args)
         if self._validate_args:
             check_stretch(type(self).__name__, low, high)
-        self._like = like.detach().new_zeros(())
-
-    @property
-    def _zero(self) -> Tensor:
-        return self._like
 
     @property
     def _log_width(self) -> Any:
-        width = self.high - self.low
-        return width.log() if isinstance(width, Tensor) else math.log(width)
+        return log_width(self.low, self.high)
 
     def _log_parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """log k and log (1 - k), each precise where k is near 0 and near 1."""
@@ -60,7 +62,7 @@ class Stretched(RectifiedDistribution):
         return log_k, log_rest
 
     def _logit(self, z: Tensor) -> Tensor:
-        return ((z - self.low) / (self.high - z)).log()
+        return logit(z, self.low, self.high)
 
     @property
     def _repr_stretch(self) -> str:

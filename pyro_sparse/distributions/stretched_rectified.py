@@ -12,9 +12,9 @@ from torch.distributions import Distribution, constraints
 
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.constraints import interior_point
-from pyro_sparse.distributions.mixed import check_univariate, has_cdf
-from pyro_sparse.distributions.rectified import RectifiedDistribution, check_nodes
-from pyro_sparse.distributions.stretched import check_stretch
+from pyro_sparse.distributions.mixed import cdf_anywhere, check_univariate, has_cdf
+from pyro_sparse.distributions.rectified import RectifiedDistribution
+from pyro_sparse.distributions.stretched import check_stretch, log_width, stretched_shape
 
 
 def _first_tensor(d: Any) -> Tensor:
@@ -97,26 +97,15 @@ class StretchedRectified(RectifiedDistribution):
                 f"{type(self).__name__}.base: expected a distribution with a cdf, got {type(base).__name__}. "
                 "Use one that torch can integrate, e.g. Normal, Laplace, Uniform, Kumaraswamy or a mixture of them."
             )
-        check_nodes(type(self).__name__, nodes)
-        self.base_dist, self.low, self.high, self.nodes = base, low, high, nodes
-        shapes = [x.shape for x in (low, high) if isinstance(x, Tensor)]
-        self._like = _first_tensor(base).new_zeros(())
-        super().__init__(torch.broadcast_shapes(base.batch_shape, *shapes), validate_args=False)
-        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
-
-    @property
-    def _zero(self) -> Tensor:
-        return self._like
+        self.base_dist, self.low, self.high = base, low, high
+        shape = stretched_shape(base.batch_shape, low, high)
+        super().__init__(shape, _first_tensor(base), nodes, validate_args)
 
     def _of_base(self, z: Tensor) -> Tensor:
         return (z - self.low) / (self.high - self.low)
 
     def _base_cdf(self, z: Tensor) -> Tensor:
-        x, support = self._of_base(z), self.base_dist.support
-        # Outside its support a base may refuse or return NaN; there its cdf is 0 or 1.
-        ok = support.check(x)
-        middle = interior_point(support, x)
-        return torch.where(ok, self.base_dist.cdf(torch.where(ok, x, middle)), (x > middle).to(x.dtype))
+        return cdf_anywhere(self.base_dist, self._of_base(z))
 
     def _log_cdf(self, z: Tensor) -> Tensor:
         return safe_log(self._base_cdf(z))
@@ -131,9 +120,7 @@ class StretchedRectified(RectifiedDistribution):
         x, support = self._of_base(z), self.base_dist.support
         ok = support.check(x)
         log_prob = self.base_dist.log_prob(torch.where(ok, x, interior_point(support, x)))
-        width = self.high - self.low
-        log_width = width.log() if isinstance(width, Tensor) else math.log(width)
-        return torch.where(ok, log_prob - log_width, -math.inf)
+        return torch.where(ok, log_prob - log_width(self.low, self.high), -math.inf)
 
     def _peaks(self) -> list[Tensor]:
         # The middle of the base is where a Laplace density, say, has its corner.

@@ -70,7 +70,7 @@ class ZeroOneInflated(InflatedDistribution):
                 f"{name}: expected 3 in the last dim, got shape {tuple(self._given.shape)}. They are of being 0, of "
                 "being 1, and of being inside."
             )
-        self._set_slab(slab, self._given.shape[:-1], validate_args)
+        super().__init__(slab, self._given.shape[:-1], self._given, validate_args)
         if self._validate_args:
             self._check(name)
 
