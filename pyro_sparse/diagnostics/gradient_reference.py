@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ class Reference:
         sampler: one of the estimators, or one of its own.
         extra: the sampler of its own, by a name, if there is one.
         count: how many gradients that one draws.
-        analytic: whether only an analytic KL divergence is unbiased.
+        trusts: which ELBOs are unbiased by construction on this program.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Reference:
     sampler: Sampler | None = None
     extra: dict[str, Sampler] = field(default_factory=dict)
     count: int = 0
-    analytic: bool = False
+    trusts: Callable[[ELBO], bool] = lambda elbo: False
     _order: list[Sampler] = field(default_factory=list)  # whose direction is which row of the sampler's directions
 
     def begin_second_half(self, samplers: Mapping[str, Sampler]) -> None:
@@ -63,7 +63,7 @@ class Reference:
             self.sampler.moments.directions = torch.cat(rows)
 
     def _take_best(self, samplers: Mapping[str, Sampler]) -> None:
-        trusted = {n: s for n, s in samplers.items() if s.objective == "elbo" and is_unbiased(s.elbo, self.analytic)}
+        trusted = {n: s for n, s in samplers.items() if s.objective == "elbo" and self.trusts(s.elbo)}
         if not trusted:
             self.text = f"none, and so no bias ({self.text}; no estimator is unbiased by construction)"
             return
@@ -105,7 +105,10 @@ def choose_reference(
         return Reference(text, sampler=sampler, extra={"reference": sampler}, count=num_samples)
     if program.jumps:
         where = ", ".join(repr(name) for name in sorted(program.jumps))
-        return Reference(f"has_rsample_(True) at {where}, right with analytic KL divergences only", analytic=True)
+        text = f"has_rsample_(True) at {where}, right with analytic KL divergences only"
+        return Reference(text, trusts=lambda elbo: is_unbiased(elbo, analytic=True))
+    # Of a straight-through family the draws have a derivative of their own, whatever the ELBO.
+    trusts = is_unbiased if not program.straight_through else lambda elbo: False
     run = (program.model, program.guide, program.args, program.kwargs)
     one_by_one = why_one_by_one(*run)
     strategy, max_outcomes, how = "parallel", MAX_OUTCOMES, ""
@@ -118,12 +121,13 @@ def choose_reference(
     except NoiseLeftError:
         elbo = EnumeratedELBO(strategy, max_outcomes=max_outcomes)
     except Exception as error:  # whatever it is, the report says it
-        return Reference(f"enumeration failed{how}: {type(error).__name__}: {error}".splitlines()[0])
+        text = f"enumeration failed{how}: {type(error).__name__}: {error}".splitlines()[0]
+        return Reference(text, trusts=trusts)
     sampler = Sampler("enumeration", elbo, program)
     sampler.warm_up(3)
     drawn = ", ".join(repr(name) for name in sorted(sampler.elbo.sampled)) or "outside of the guide's sites"
     if not sampler.elbo.enumerated:
-        return Reference(f"nothing to enumerate, noise at {drawn}")
+        return Reference(f"nothing to enumerate, noise at {drawn}", trusts=trusts)
     affordable = SHARE * num_samples * sum(s.settled for s in samplers.values()) / sampler.settled
     count = min(num_samples, max(AT_LEAST, int(affordable)))
     text = f"the mean of {count} enumerated gradients{how}, with the noise left at {drawn}"
@@ -138,5 +142,5 @@ def is_unbiased(elbo: ELBO, analytic: bool = False) -> bool:
         assert isinstance(elbo, nn.Module)
         parts = [part for part in elbo.modules() if isinstance(part, (Estimator, Baseline))]
         ours = all(type(part).__module__.startswith("pyro_sparse.") for part in parts)
-        return ours
+        return ours and all(part.unbiased for part in parts if isinstance(part, Estimator))
     return type(elbo) in _UNBIASED

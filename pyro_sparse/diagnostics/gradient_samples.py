@@ -22,6 +22,7 @@ from pyro_sparse._autograd import graph_leaves
 from pyro_sparse.diagnostics.gradient_moments import Moments
 from pyro_sparse.distributions.mixed import MixedDistribution
 from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
+from pyro_sparse.distributions.straight_through import is_straight_through
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import PARAM_PREFIX
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
@@ -42,6 +43,7 @@ class Program:
         registered: whether Pyro's param store holds any of them: ``loss_and_grads`` differentiates only then.
         rows: of log-probabilities at the model's observed sites, in an ordinary run.
         jumps: guide sites with atoms that are drawn purely pathwise: a drawn KL divergence has a biased gradient.
+        straight_through: guide sites of straight-through families: what is drawn has a biased gradient.
     """
 
     model: Callable[..., Any]
@@ -53,6 +55,7 @@ class Program:
     registered: bool = False
     rows: float = 0.0
     jumps: set[str] = field(default_factory=set)
+    straight_through: set[str] = field(default_factory=set)
 
     def look(self) -> None:
         """Fills in the attributes."""
@@ -62,7 +65,9 @@ class Program:
             guide_trace, model_trace = run_once(counter(self.model), self.guide, self.args, self.kwargs)
             guides.update(_leaves(guide_trace))
             models.update(_leaves(model_trace))
-            self.jumps.update(name for name in guide_trace.stochastic_nodes if _jumps(guide_trace.nodes[name]["fn"]))
+            fns = {name: guide_trace.nodes[name]["fn"] for name in guide_trace.stochastic_nodes}
+            self.jumps.update(name for name, fn in fns.items() if _jumps(fn))
+            self.straight_through.update(name for name, fn in fns.items() if is_straight_through(fn))
             self.registered |= bool(guide_trace.param_nodes or model_trace.param_nodes)
         for module, found in ((self.guide, guides), (self.model, models)):
             if isinstance(module, nn.Module):

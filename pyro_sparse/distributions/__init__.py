@@ -1,4 +1,4 @@
-"""Pyro distributions with exact zeros, one family per file."""
+"""Pyro distributions with exact zeros, one family per file; and straight-through ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pyro_sparse.distributions.sparse_categorical import SparseCategorical
 from pyro_sparse.distributions.sparse_support import MaskedSparseDistribution, SparseDistribution
 from pyro_sparse.distributions.spike_and_exponential import SpikeAndExponential
 from pyro_sparse.distributions.spike_and_slab import SpikeAndSlab
+from pyro_sparse.distributions.straight_through import BernoulliST, GumbelSoftmaxST, OneHotCategoricalST
 from pyro_sparse.distributions.stretched_rectified import Rectified, StretchedRectified
 from pyro_sparse.distributions.zero_one_inflated import ZeroOneInflated
 
@@ -32,6 +33,10 @@ __all__ = [
     "ZeroOneInflated",
     "MixedDistribution",
     "mixed_unit_interval",
+    # straight-through: discrete forward, a smooth Jacobian backward
+    "GumbelSoftmaxST",
+    "OneHotCategoricalST",
+    "BernoulliST",
     # what every distribution with a sparse support is, and what masking one gives
     "SparseDistribution",
     "MaskedSparseDistribution",

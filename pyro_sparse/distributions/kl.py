@@ -16,6 +16,7 @@ from torch.distributions import Categorical, OneHotCategorical
 from torch.distributions.kl import register_kl
 
 from pyro_sparse._numerics import safe_log
+from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.projected import ProjectedDistribution
 from pyro_sparse.distributions.sparse_categorical import SparseCategorical
@@ -24,12 +25,7 @@ Finite = Categorical | OneHotCategorical | ProjectedDistribution
 
 
 def _log_probs(d: Finite) -> Tensor:
-    if isinstance(d, ProjectedDistribution):
-        return d.logits
-    # A stock distribution made from probs turns an exact zero into a finite logit; one made from logits may have a
-    # probability that merely underflows. Only the first is a zero.
-    zero = (d.probs == 0) & (d.logits.exp() > 0)
-    return torch.where(zero, -math.inf, d.logits)
+    return d.logits if isinstance(d, ProjectedDistribution) else exact_logits(d)
 
 
 @register_kl(SparseCategorical, SparseCategorical)

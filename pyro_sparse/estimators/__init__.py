@@ -13,8 +13,12 @@ from pyro_sparse.estimators.baselines import (
     Sum,
     TrainableConstant,
 )
+from pyro_sparse.estimators.local_expectation import LocalExpectation
 from pyro_sparse.estimators.rao_blackwell import RaoBlackwell
+from pyro_sparse.estimators.relaxed import REBAR, RELAX, MuProp
 from pyro_sparse.estimators.score_function import Exact, LeaveOneOut, ScoreFunction
+from pyro_sparse.estimators.straight_through import StraightThrough
+from pyro_sparse.estimators.unordered_set import UnorderedSet
 from pyro_sparse.estimators.vimco import VIMCO
 
 __all__ = [
@@ -25,7 +29,15 @@ __all__ = [
     "ARMS",
     "VIMCO",
     "RaoBlackwell",
+    "UnorderedSet",
+    "LocalExpectation",
     "Exact",
+    # control variates that see the draw
+    "REBAR",
+    "RELAX",
+    "MuProp",
+    # biased
+    "StraightThrough",
     # baselines of ScoreFunction
     "MovingAverage",
     "TrainableConstant",

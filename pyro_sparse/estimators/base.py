@@ -31,11 +31,13 @@ class Slots(NamedTuple):
         log_weights: ``(S, *batch_shape)``; they sum to one over S and make a weighted mean of costs unbiased for the
             expected cost.
         num_enumerated: how many of the S slots, the first, are outcomes in their own right and not draws.
+        memo: what :meth:`Estimator.draw` leaves for :meth:`Estimator.forward`.
     """
 
     values: Tensor
     log_weights: Tensor
     num_enumerated: int = 0
+    memo: Tensor | None = None
 
 
 @dataclass
@@ -50,11 +52,14 @@ class Site:
         args, kwargs: the arguments of model and guide.
         log_prob: :math:`\log q(z)` at the values that were drawn, attached to the guide's parameters, with the shape of
             the cost. Zero while values are being drawn.
+        value: what was drawn, ``(*batch_shape, *event_shape)``, or all slots.
         slots: what :meth:`Estimator.draw` returned; here too the slot dim is in front of all others.
         options: the site's ``infer["baseline"]``, for Pyro's own baselines.
         memo: what a baseline leaves for its own :meth:`Baseline.update`.
         rerun: ``rerun("mode")`` and ``rerun("sample")`` give this site's cost, unscaled and detached, in one extra run
             of guide and model in which this and all other score-function sites take their mode or a new draw.
+        attached_cost: ``attached_cost()`` gives the cost attached to the slots' values, with the gradient by them of
+            its expectation over all that is drawn later.
     """
 
     name: str
@@ -63,10 +68,12 @@ class Site:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     log_prob: Tensor = field(default_factory=lambda: torch.zeros(()))
+    value: Tensor | None = None
     slots: Slots | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     memo: dict[nn.Module, Tensor] = field(default_factory=dict)
     rerun: Callable[[str], Tensor] | None = None
+    attached_cost: Callable[[], Tensor] | None = None
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -111,15 +118,27 @@ class Estimator(nn.Module):
         num_particles: how many particles of the whole program it needs; all estimators of an ELBO share them.
         vectorized: whether those particles are one vectorised run (else one run each).
         draws_slots: whether :meth:`draw` lays out several values of its site in a dim of their own.
+        relaxes: whether some of those, of weight zero, lie between the outcomes. There, log-probabilities of the site
+            are continued linearly.
+        reparameterizes: whether, in place of all this, :meth:`reparameterized` gives one value with a derivative; the
+            site's KL divergence is then taken in closed form.
+        unbiased: whether its expectation is the gradient of the objective.
     """
 
     objective: ClassVar[str] = "elbo"
+    unbiased: ClassVar[bool] = True
+    relaxes: ClassVar[bool] = False
+    reparameterizes: ClassVar[bool] = False
     num_particles: int = 1
     vectorized: bool = True
     draws_slots: bool = False
 
     def draw(self, site: Site) -> Slots:
         """Lays out the values on which the model runs. Called only where ``draws_slots``."""
+        raise NotImplementedError
+
+    def reparameterized(self, site: Site) -> Tensor:
+        """A draw with a derivative by the parameters of q. Called only where ``reparameterizes``."""
         raise NotImplementedError
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
@@ -151,3 +170,10 @@ def require_outcomes(estimator: str, site: Site) -> None:
             f"{estimator}, site '{site.name}': expected a distribution that lists its outcomes, got {site.fn}. "
             "Use LeaveOneOut(n), which needs draws only, or a plate in place of to_event."
         )
+
+
+def take_outcomes(outcomes: Tensor, index: Tensor) -> Tensor:
+    """The outcomes at ``index`` (S, *batch) along the first dim."""
+    event_dims = outcomes.dim() - index.dim()
+    index = index.reshape(index.shape + (1,) * event_dims).expand(index.shape + outcomes.shape[index.dim() :])
+    return outcomes.gather(0, index)

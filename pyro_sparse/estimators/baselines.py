@@ -112,22 +112,9 @@ class NeuralBaseline(Baseline):
         self.inputs = inputs
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        value = self._shaped(self.net(self._input(site)), site)
+        value = self._shaped(self.net(network_input("NeuralBaseline", site, self.inputs)), site)
         require_own_graph(f"NeuralBaseline, site '{site.name}'", value, self)
         return value, (cost - value).square().mean()
-
-    def _input(self, site: Site) -> Any:
-        if self.inputs is None and not site.args:
-            raise ValueError(
-                f"NeuralBaseline, site '{site.name}': expected a first argument of the guide, got keywords only. "
-                "Say inputs=lambda **kwargs: ..."
-            )
-        x = site.args[0] if self.inputs is None else self.inputs(*site.args, **site.kwargs)
-        for plate in site.plates:
-            subsampled = plate.size < plate.full_size and plate.indices is not None
-            if subsampled and isinstance(x, Tensor) and x.shape[:1] == (plate.full_size,):
-                return x[plate.indices]
-        return x
 
     def _shaped(self, value: Tensor, site: Site) -> Tensor:
         shape = site.batch_shape
@@ -242,6 +229,21 @@ class Sum(Baseline):
     def update(self, cost: Tensor, site: Site) -> None:
         self.first.update(cost, site)
         self.second.update(cost - site.memo[self], site)
+
+
+def network_input(owner: str, site: Site, inputs: Callable[..., Any] | None) -> Any:
+    """What a function of the guide's arguments (or the first of them) gives, in the rows of a subsampled plate."""
+    if inputs is None and not site.args:
+        raise ValueError(
+            f"{owner}, site '{site.name}': expected a first argument of the guide, got keywords only. "
+            "Say inputs=lambda **kwargs: ..."
+        )
+    x = site.args[0] if inputs is None else inputs(*site.args, **site.kwargs)
+    for plate in site.plates:
+        subsampled = plate.size < plate.full_size and plate.indices is not None
+        if subsampled and isinstance(x, Tensor) and x.shape[:1] == (plate.full_size,):
+            return x[plate.indices]
+    return x
 
 
 def require_own_graph(owner: str, value: Tensor, module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes
+from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes, take_outcomes
 
 
 class RaoBlackwell(Estimator):
@@ -56,7 +56,7 @@ class RaoBlackwell(Estimator):
             k = self._count(log_q)
             top, where_top = log_q.topk(k, 0)
             if k == len(outcomes):
-                return Slots(_take(outcomes, where_top), top, k)
+                return Slots(take_outcomes(outcomes, where_top), top, k)
             probs = log_q.exp()
             tail = probs.scatter(0, where_top, 0.0)
             mass = tail.sum(0)
@@ -65,7 +65,7 @@ class RaoBlackwell(Estimator):
             drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.tail_samples, replacement=True)
             drawn = drawn.reshape((*rows.shape[:-1], self.tail_samples)).movedim(-1, 0)
             weight = (mass / self.tail_samples).log().expand(drawn.shape)
-            return Slots(_take(outcomes, torch.cat([where_top, drawn])), torch.cat([top, weight]), k)
+            return Slots(take_outcomes(outcomes, torch.cat([where_top, drawn])), torch.cat([top, weight]), k)
 
     def _count(self, log_q: Tensor) -> int:
         if self.coverage is None:
@@ -88,10 +88,3 @@ class RaoBlackwell(Estimator):
                 own = enumerated + mass * (cost[k:].sum(0) - cost[k:]) / (self.tail_samples - 1)
             baseline = torch.cat([own.mean(0, keepdim=True).expand_as(cost[:k]), own])
         return (weights * (cost - baseline) * site.log_prob).masked_fill(weights == 0, 0.0), 0.0
-
-
-def _take(outcomes: Tensor, index: Tensor) -> Tensor:
-    """The outcomes at ``index`` (S, *batch) along the first dim."""
-    event_dims = outcomes.dim() - index.dim()
-    index = index.reshape(index.shape + (1,) * event_dims).expand(index.shape + outcomes.shape[index.dim() :])
-    return outcomes.gather(0, index)

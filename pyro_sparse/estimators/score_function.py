@@ -92,9 +92,9 @@ class Exact(Estimator):
         return (weights * cost * site.log_prob).masked_fill(weights == 0, 0.0), 0.0
 
 
-def check_count(estimator: str, n: int) -> None:
+def check_count(estimator: str, n: int, name: str = "n") -> None:
     """Raises unless n is an integer of at least 2."""
     if not isinstance(n, int) or n < 2:
         raise ValueError(
-            f"{estimator}: expected n of at least 2, got {n!r}. With one draw there is no other to compare."
+            f"{estimator}: expected {name} of at least 2, got {n!r}. With one draw there is no other to compare."
         )

@@ -127,6 +127,11 @@ class Assignment(nn.Module):
                     f"EstimatorELBO, site '{name}': expected a site without reparameterised gradient, got {msg['fn']}, "
                     "which needs no estimator. Leave it out."
                 )
+            if infer.get("enumerate") and getattr(msg["fn"], "has_enumerate_support", False):
+                raise ValueError(
+                    f"EstimatorELBO, site '{name}': expected no infer['enumerate'] at a site that is drawn with a "
+                    f"derivative, got {infer['enumerate']!r} at {msg['fn']}. Leave it out; or use SparseEnumELBO."
+                )
             return None
         if "enumerate" in infer and infer["enumerate"] is not None:
             if asked is not None and not isinstance(asked, Exact):

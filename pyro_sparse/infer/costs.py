@@ -34,11 +34,15 @@ class Term:
 
 @dataclass(frozen=True)
 class SlotDim:
-    """The dim in which one site laid out several values: the site, its plates, the weights ``(S, ..., *batch)``."""
+    """
+    The dim in which one site laid out several values: the site, its plates, the weights ``(S, ..., *batch)``, and
+    whether slots of weight zero have a cost all the same, because an estimator compares it.
+    """
 
     site: str
     frames: frozenset[Frame]
     weights: Tensor
+    relaxes: bool = False
 
 
 class Costs:
@@ -48,15 +52,16 @@ class Costs:
     Args:
         terms: the summands of the ELBO.
         slots: the slot dims, by number from the right; later sites lie further to the left.
+        attached: whether the costs keep their derivatives.
     """
 
-    def __init__(self, terms: Iterable[Term], slots: Mapping[int, SlotDim]) -> None:
+    def __init__(self, terms: Iterable[Term], slots: Mapping[int, SlotDim], attached: bool = False) -> None:
         self.slots = dict(sorted(slots.items()))
         self.terms = list(terms)
         groups: dict[Any, Tensor] = {}
         for term in self.terms:
             self._check_plates(term)
-            value = self.mask(term.value.detach())
+            value = self.mask(term.value if attached else term.value.detach(), relaxed=False)
             key = (term.frames, self.slot_dims(value), term.upstream)
             groups[key] = groups[key] + value if key in groups else value
         self._groups = groups
@@ -84,10 +89,11 @@ class Costs:
                 value = (value * slot.weights).sum(dim, keepdim=True)
         return value
 
-    def mask(self, value: Tensor) -> Tensor:
-        """Zero at slots of weight zero, whatever the value and its gradient there: log 0, say."""
+    def mask(self, value: Tensor, relaxed: bool = True) -> Tensor:
+        """Zero at slots of weight zero (of relaxed ones, too?), whatever is there, and its gradient: log 0, say."""
         for dim in self.slot_dims(value):
-            value = torch.where(self.slots[dim].weights > 0, value, 0.0)
+            if relaxed or not self.slots[dim].relaxes:
+                value = torch.where(self.slots[dim].weights > 0, value, 0.0)
         return value
 
     def at(self, frames: Collection[Frame], keep: Collection[int] = (), site: str | None = None) -> Tensor:

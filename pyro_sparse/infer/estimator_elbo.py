@@ -25,6 +25,7 @@ from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.dependencies import Dependencies
 from pyro_sparse.infer.estimator_messenger import PARTICLES
 from pyro_sparse.infer.program import Program, Run, ScoreSite
+from pyro_sparse.infer.relaxed import refuse_indices, smooth_sites
 from pyro_sparse.infer.undisturbed import undisturbed
 
 COSTS = ("plates", "graph")
@@ -45,13 +46,15 @@ class EstimatorELBO(ELBO, nn.Module):
     enumerated. An estimator with parameters or buffers that serves several sites is copied for each at the first run,
     so make torch optimisers after it.
 
-    **Bias:** that of the estimators, none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound).
+    **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
+    ``StraightThrough``.
     **Extra model evaluations:** those of the estimators. **Needs from the guide:** what the estimators need.
 
     Args:
         estimator: one :class:`~pyro_sparse.estimators.Estimator` for all sites, or ``{"site": e, "*": e}``.
-        analytic_kl: uses closed-form KL divergences where torch has them. Guide and model must have their sites in the
-            same order; a KL stays in the cost of the sites before it.
+        analytic_kl: uses closed-form KL divergences where torch has them; at sites with ``StraightThrough`` they are
+            used in any case. Guide and model must have their sites in the same order; a KL stays in the cost of the
+            sites before it.
         costs: ``"plates"``: a site's cost is every term of its plate elements, always right. ``"graph"``: only the
             terms that depend on its draw, found by provenance once for each structure of the program and checked by
             drawing again.
@@ -60,7 +63,8 @@ class EstimatorELBO(ELBO, nn.Module):
     Raises:
         ValueError: naming the site, for entries of sites that the guide lacks or that are reparameterised, two
             mechanisms at one site, estimators with different numbers of particles, an estimator that the site's
-            distribution or a Python branch rules out; all before gradients, parameters or running means change.
+            distribution, a Python branch or a model that takes indices rules out; all before gradients, parameters or
+            running means change.
 
     Reference: J. Schulman et al., *Gradient estimation using stochastic computation graphs*, NeurIPS 2015, §3; each
     estimator names its own.
@@ -88,6 +92,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
+        self._differentiated = False  # whether straight-through values were found to have derivatives
         self._slots = True  # whether any estimator may draw some
         self._sequential = False  # whether infer asked for sequential enumeration so far
         self._dependencies = Dependencies()
@@ -205,9 +210,12 @@ class EstimatorELBO(ELBO, nn.Module):
                 self._set_particles({name: e for name, e in found.items() if e is not None})
                 estimators = [*found.values(), *self.assignment.entries.values()]
                 plates_known = self.max_plate_nesting != float("inf")
-                self._slots = plates_known or any(e is not None and e.draws_slots for e in estimators)
+                draws = any(e is not None and (e.draws_slots or e.reparameterizes) for e in estimators)
+                self._slots = plates_known or draws
                 if not plates_known and (self._slots or self.vectorize_particles):
-                    self._guess_max_plate_nesting(model, guide, args, kwargs)
+                    served = {name: e for name, e in found.items() if e is not None}
+                    with refuse_indices(lambda: smooth_sites(trace, served)):
+                        self._guess_max_plate_nesting(model, guide, args, kwargs)
         finally:
             for name in set(store.keys()) - known:
                 del store[name]  # to be initialised again, by the random numbers that Trace_ELBO would use
@@ -274,13 +282,18 @@ class EstimatorELBO(ELBO, nn.Module):
                     reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].subsamples))
             return reruns[kind]
 
+        if not self._differentiated:
+            group[0].check_derivatives()
+            self._differentiated = True
         totals, updates = [], []
         for run in group:
             parts, losses = run.costs.paths(), []
             for score in run.scores:
                 score.site.rerun = lambda kind, score=score: score.average_cost(rerun(kind))
+                score.site.attached_cost = lambda score=score, run=run: score.attached_cost(run)
                 term, loss, update = self._score_term(score, run, group)
-                score.site.rerun = None  # it holds the site: a cycle would keep the step's tensors alive
+                # They hold the site: a cycle would keep the step's tensors alive.
+                score.site.rerun = score.site.attached_cost = None
                 parts.append(term)
                 if isinstance(loss, Tensor):
                     losses.append(loss)

@@ -17,6 +17,7 @@ from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
 from pyro_sparse.infer import layouts
 from pyro_sparse.infer.costs import Frame
 from pyro_sparse.infer.messenger import SparseEnumMessenger, enumerate_values
+from pyro_sparse.infer.relaxed import with_linear_log_prob
 
 PARTICLES = "num_particles_vectorized"  # the plate that pyro.infer.ELBO puts around vectorised particles
 
@@ -52,6 +53,9 @@ class EstimatorMessenger(SparseEnumMessenger):
         self.kind = kind
         self.estimators: dict[str, Estimator] = {}
         self.slots: dict[str, Slots] = {}
+        self.fns: dict[str, Any] = {}  # of sites with slots: in the trace there are views of them
+        self.relaxed: list[str] = []  # sites with values between the outcomes
+        self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample):
@@ -62,7 +66,10 @@ class EstimatorMessenger(SparseEnumMessenger):
         if estimator is None:
             return
         self.estimators[msg["name"]] = estimator
-        if estimator.draws_slots:
+        if estimator.reparameterizes:
+            self.reparameterized.append(msg["name"])
+            msg["value"] = estimator.reparameterized(self._site(msg))
+        elif estimator.draws_slots:
             self._lay_out_slots(msg, estimator)
         elif self.kind == "mode":
             msg["value"] = mode(msg["fn"])
@@ -78,7 +85,11 @@ class EstimatorMessenger(SparseEnumMessenger):
             )
         if not isinstance(estimator, Exact):
             slots = estimator.draw(self._site(msg))
+            self.fns[name] = msg["fn"]
             msg["fn"] = _with_values(msg["fn"], slots.values)
+            if estimator.relaxes:
+                msg["fn"] = with_linear_log_prob(msg["fn"], name)
+                self.relaxed.append(name)
         else:
             require_outcomes("Exact", self._site(msg))
         # Without the options that would make the stock messenger sample.

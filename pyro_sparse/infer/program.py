@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import is_validation_enabled
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_sparse.estimators import Estimator, Site
-from pyro_sparse.infer.costs import Costs, Frame, SlotDim, Term, subsampling_scale
+from pyro_sparse.infer.costs import Costs, Frame, SlotDim, Term, subsampling_scale, sum_to
 from pyro_sparse.infer.dependencies import Dependencies
 from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, data_plates
+from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, refuse_indices, smooth_sites
 
 _BRANCHES = re.compile(
     "Boolean value of Tensor with more than one value|cannot be converted to Scalar|only integer tensors of a single"
@@ -40,6 +42,20 @@ class ScoreSite:
         """Its cost, unscaled: one for each element of its plates, each slot of its own and of those it depends on."""
         return self._unscaled(run.costs.at(self.frames, self.dims, self.site.name))
 
+    def attached_cost(self, run: Run) -> Tensor:
+        """
+        The same, attached to its slots' values. What later sites draw depends on those too: their log-probabilities,
+        times their own costs, bring the derivative of the expectation over them.
+        """
+        cost = Costs(run.costs.terms, run.costs.slots, attached=True).at(self.frames, self.dims, self.site.name)
+        for later in run.scores:
+            if later is not self and self.own_dim in later.dims:
+                log_prob = later.site.log_prob
+                signal = run.costs.at(later.frames, self.dims | later.dims, later.site.name)
+                score = run.costs.average(signal * (log_prob - log_prob.detach()), self.dims)
+                cost = cost + sum_to(score, later.frames, self.frames)
+        return self._unscaled(cost)
+
     def average_cost(self, runs: list[Run]) -> Tensor:
         """The same in a run on the side (one run for each sequential outcome), averaged over all slots."""
         costs = [run.weighted(self._unscaled(run.costs.at(self.frames, (), self.site.name))) for run in runs]
@@ -58,6 +74,7 @@ class Run:
     log_weight: Tensor | None  # attached; None without sequential enumeration
     subsamples: Mapping[str, Tensor]
     guide_trace: Any
+    messenger: EstimatorMessenger
 
     def elbo(self) -> Tensor:
         """The run's estimate of the ELBO, detached."""
@@ -66,6 +83,18 @@ class Run:
     def weighted(self, value: Tensor) -> Tensor:
         """Times the probability of the sequentially enumerated outcomes, detached."""
         return value if self.log_weight is None else self.log_weight.detach().exp() * value
+
+    def check_derivatives(self) -> None:
+        """Raises if no other term has a derivative by the value of a site whose estimator differentiates by it."""
+        for name, what in smooth_sites(self.guide_trace, self.messenger.estimators).items():
+            value = self.guide_trace.nodes[name]["value"]
+            paths = [term.path.sum() for term in self.costs.terms if term.name != name and term.path is not None]
+            total = sum(paths[1:], paths[0]) if paths else torch.zeros(())
+            if not value.requires_grad:
+                continue
+            if not total.requires_grad or _derivative(total, value) is None:
+                got = "without a derivative by them: it rounds the value, or takes an index from it"
+                raise not_relaxed({name: what}, got)
 
     @property
     def has_sequential(self) -> bool:
@@ -116,9 +145,11 @@ class Program:
         guide = guide if wrap is None else wrap(guide)
         tracer = poutine.trace(guide)
         try:
-            guide_trace = tracer.get_trace(*self.args, **self.kwargs)
-            model = poutine.replay(self.model, trace=guide_trace)
-            model_trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+            with refuse_indices(lambda: smooth_sites(tracer.msngr.trace, messenger.estimators)):
+                guide_trace = tracer.get_trace(*self.args, **self.kwargs)
+                model = poutine.replay(self.model, trace=guide_trace)
+                model = LinearLogProbs(messenger.relaxed)(model) if messenger.relaxed else model
+                model_trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
         except (RuntimeError, TypeError) as error:
             if _BRANCHES.search(str(error)):
                 nodes = tracer.msngr.trace.nodes.items()  # as far as it came
@@ -129,13 +160,22 @@ class Program:
                 raise _branches_in_python(found, error) from error
             raise
         indices = {name: node["value"] for name, node in guide_trace.nodes.items() if site_is_subsample(node)}
-        return self._read(*_log_probs(model_trace, guide_trace, self.nesting), messenger, indices)
+        if messenger.relaxed and self.depends is not None:
+            name = messenger.relaxed[0]
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected costs='plates' with "
+                f"{type(messenger.estimators[name]).__name__}, got 'graph'. Leave costs out."
+            )
+        traces = _log_probs(model_trace, guide_trace, self.nesting, messenger.reparameterized)
+        return self._read(*traces, messenger, indices)
 
     def _read(self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger, subsamples: Any) -> Run:
         depends = {} if self.depends is None else self.depends.find(self, model_trace, guide_trace, subsamples)
         slots, scores = {}, []
         log_weight: Tensor | None = None
         for name in guide_trace.stochastic_nodes:
+            if name in messenger.reparameterized:
+                continue
             node = guide_trace.nodes[name]
             log_prob, dim = node["score_parts"].score_function, node["infer"].get("_enumerate_dim")
             estimator = messenger.estimators.get(name) or self.find(node)
@@ -149,24 +189,49 @@ class Program:
             if dim is not None:
                 laid_out = messenger.slots.get(name)
                 log_weights = log_prob.detach() if laid_out is None else laid_out.log_weights
-                slots[dim] = SlotDim(name, _vectorized(node), log_weights.exp())
+                slots[dim] = SlotDim(name, _vectorized(node), log_weights.exp(), estimator.relaxes)
             if node["infer"].get("_enum_total") is not None:
                 _refuse_vectorized(node)
                 log_weight = log_prob if log_weight is None else log_weight + log_prob
                 continue
             frames = node["cond_indep_stack"]
-            site = Site(name, node["fn"], data_plates(frames, subsamples), self.args, self.kwargs, log_prob)
-            site.slots, site.options = messenger.slots.get(name), node["infer"].get("baseline", {})
+            fn = messenger.fns.get(name, node["fn"])
+            site = Site(name, fn, data_plates(frames, subsamples), self.args, self.kwargs, log_prob)
+            site.value, site.slots = node["value"], messenger.slots.get(name)
+            site.options = node["infer"].get("baseline", {})
             dims = frozenset() if dim is None else frozenset([dim])
             scores.append(ScoreSite(site, estimator, frames, dims, dim, subsampling_scale(frames)))
-        costs = Costs(_terms(model_trace, guide_trace, self.analytic_kl, depends, slots), slots)
+        kls = self._analytic_kls(model_trace, guide_trace, messenger)
+        costs = Costs(_terms(model_trace, guide_trace, kls, depends, slots), slots)
         for score in scores:
             score.dims |= costs.slot_dims(score.site.log_prob)
-        return Run(costs, scores, log_weight, subsamples, guide_trace)
+        return Run(costs, scores, log_weight, subsamples, guide_trace, messenger)
+
+    def _analytic_kls(self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger) -> dict[str, Tensor]:
+        """The KL divergence of each site that has a closed form, if asked for; in any case where it must have one."""
+        if self.analytic_kl:
+            kls = _analytic_kls(model_trace, guide_trace, guide_trace.stochastic_nodes)
+        else:
+            kls = _analytic_kls(model_trace, guide_trace, messenger.reparameterized)
+        for name in messenger.reparameterized:
+            if name not in kls:
+                raise ValueError(
+                    f"EstimatorELBO, site '{name}': expected with {type(messenger.estimators[name]).__name__} a prior "
+                    f"to which {guide_trace.nodes[name]['fn']} has a closed-form KL divergence, got "
+                    f"{model_trace.nodes[name]['fn']}. Use the same family in model and guide, or LeaveOneOut."
+                )
+            if is_validation_enabled():
+                as_log_prob: Any = {**guide_trace.nodes[name], "log_prob": kls[name]}
+                check_site_shape(as_log_prob, self.nesting)  # type: ignore[arg-type]
+        return kls
 
 
-def _log_probs(model_trace: Any, guide_trace: Any, nesting: float) -> tuple[Any, Any]:
-    """As :func:`pyro.infer.enum.get_importance_trace` once the programs have run."""
+def _derivative(total: Tensor, value: Tensor) -> Tensor | None:
+    return torch.autograd.grad(total, value, retain_graph=True, allow_unused=True)[0]
+
+
+def _log_probs(model_trace: Any, guide_trace: Any, nesting: float, without: Collection[str]) -> tuple[Any, Any]:
+    """As :func:`pyro.infer.enum.get_importance_trace` once the programs have run, but for some sites."""
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, nesting)
     for trace in (guide_trace, model_trace):  # as prune_subsample_sites, but without a copy
@@ -178,11 +243,13 @@ def _log_probs(model_trace: Any, guide_trace: Any, nesting: float) -> tuple[Any,
                 f"EstimatorELBO, site '{name}': expected every latent site of the model in the guide, got one in "
                 "the model only. Add it to the guide; to sum it out in the model, use SparseEnumELBO or TraceEnum_ELBO."
             )
-    model_trace.compute_log_prob()
+    model_trace.compute_log_prob(lambda name, node: name not in without)
+    for name in without:
+        guide_trace.nodes[name]["score_parts"] = None  # else Pyro would compute them
     guide_trace.compute_score_parts()
     if is_validation_enabled():
         for node in [*model_trace.nodes.values(), *guide_trace.nodes.values()]:
-            if node["type"] == "sample":
+            if node["type"] == "sample" and node["name"] not in without:
                 check_site_shape(node, nesting)  # type: ignore[arg-type]
     return model_trace, guide_trace
 
@@ -190,11 +257,10 @@ def _log_probs(model_trace: Any, guide_trace: Any, nesting: float) -> tuple[Any,
 def _terms(
     model_trace: Any,
     guide_trace: Any,
-    analytic_kl: bool,
+    kls: Mapping[str, Tensor],
     depends: Mapping[tuple[str, str], frozenset[str]],
     slots: Mapping[int, SlotDim],
 ) -> list[Term]:
-    kls = _analytic_kls(model_trace, guide_trace) if analytic_kl else {}
     terms = []
     for name, node in model_trace.nodes.items():
         if node["type"] == "sample" and name not in kls:
@@ -216,16 +282,20 @@ def _terms(
     return terms
 
 
-def _analytic_kls(model_trace: Any, guide_trace: Any) -> dict[str, Tensor]:
-    """The KL divergence of each latent site that has a closed form."""
+def _analytic_kls(model_trace: Any, guide_trace: Any, names: Collection[str]) -> dict[str, Tensor]:
+    """The KL divergence of each of these sites that has a closed form."""
+    if not names:
+        return {}
     latent = [n for n in guide_trace.stochastic_nodes if n in model_trace.nodes]
     if latent != (order := [n for n in model_trace.stochastic_nodes if n in guide_trace.nodes]):
         raise ValueError(
-            f"EstimatorELBO: expected with analytic_kl=True the same order of sites in guide and model, got {latent} "
-            f"and {order}. Reorder them, or leave analytic_kl out."
+            f"EstimatorELBO: expected with closed-form KL divergences the same order of sites in guide and model, got "
+            f"{latent} and {order}. Reorder them, or leave out what asks for them: analytic_kl, StraightThrough."
         )
     kls = {}
     for name in latent:
+        if name not in names:
+            continue
         guide_node, model_node = guide_trace.nodes[name], model_trace.nodes[name]
         try:
             kl = kl_divergence(guide_node["fn"], model_node["fn"])

@@ -6,6 +6,7 @@ every tuple of an estimator's draws can be visited. Every number comes from a ta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +50,7 @@ class EstimatorModel:
 
 
 class Family(NamedTuple):
-    """A discrete distribution: its number of outcomes, how to make it from scores, and the number of a value."""
+    """A discrete distribution: its number of outcomes, how to make it from scores, and what a table is looked up at."""
 
     outcomes: int
     make: Callable[[Tensor], Any]
@@ -58,9 +59,8 @@ class Family(NamedTuple):
 
 TWO = Family(2, lambda scores: dist.Categorical(logits=scores))
 THREE = Family(3, lambda scores: dist.Categorical(logits=scores))
-ONE_HOT = Family(3, lambda scores: dist.OneHotCategorical(logits=scores), lambda value: value.argmax(-1))
 SPARSE = Family(3, lambda scores: SparseCategorical(1.5 * scores))
-BIT = Family(2, lambda scores: dist.Bernoulli(logits=scores[..., 1] - scores[..., 0]))
+BIT = Family(2, lambda scores: dist.Bernoulli(logits=scores[..., 1] - scores[..., 0]), lambda value: value)
 
 
 def estimator_models() -> list[EstimatorModel]:
@@ -68,8 +68,9 @@ def estimator_models() -> list[EstimatorModel]:
 
     ========================== ========================================================================================
     categorical                one site; two sites, the second dependent on the first; sites in a subsampled plate, in
-                               nested plates, masked, scaled, between reparameterised ones; one-hot and sparse outcomes
-    Bernoulli                  the same with Bernoulli sites
+                               nested plates, masked, scaled, between reparameterised ones; sparse outcomes
+    Bernoulli                  the same with Bernoulli sites, and linear in each of their values
+    one-hot                    one site; two sites in a plate, the second dependent on the first; linear in the values
     categorical and Bernoulli  one of each in a subsampled plate
     vector                     bits under ``to_event(1)``
     shared                     a latent variable outside the plate of the data, and another inside
@@ -94,7 +95,8 @@ def estimator_models() -> list[EstimatorModel]:
         ]
     return [
         *models,
-        make("categorical", "one-hot site", one_site, ONE_HOT),
+        make("one-hot", "one site", one_hot_site),
+        make("one-hot", "two dependent sites in a plate", one_hot_sites_in_plate, nesting=1),
         make("categorical", "sparse site", one_site, SPARSE),
         make("Bernoulli", "after a reparameterised site in a plate", normal_in_plate, BIT, nesting=1),
         make("Bernoulli", "masked and scaled", masked_and_scaled, BIT, nesting=1),
@@ -117,6 +119,17 @@ def two_sites(side: str, first: Family, second: Family) -> None:
     y = latent(side, "y", first)
     z = latent(side, "z", second, y)
     observe(side, y, z)
+
+
+def one_hot_site(side: str) -> None:
+    observe(side, shift=one_hot(side, "z") @ param(f"{side}.weights", 3))
+
+
+def one_hot_sites_in_plate(side: str) -> None:
+    with plate("data", 3, subsample=torch.tensor([2])) as i:
+        y = one_hot(side, "y", i)
+        z = one_hot(side, "z", i, shift=y @ param(f"{side}.weights", 3))
+        observe(side, i, shift=(y @ param("model.joint", 3, 3) * z).sum(-1))
 
 
 def one_site_in_plate(side: str, family: Family) -> None:
@@ -167,7 +180,7 @@ def masked_and_scaled(side: str, family: Family) -> None:
 def vector_in_plate(side: str) -> None:
     with plate("data", 2) as i:
         logits = look_up(f"{side}.bits", i, size=2)
-        bits = pyro.sample("bits", dist.Bernoulli(logits=logits).to_event(1)).long()
+        bits = pyro.sample("bits", dist.Bernoulli(logits=logits).to_event(1))
         observe(side, i, bits[..., 0], bits[..., 1])
 
 
@@ -181,7 +194,7 @@ def shared_latent(side: str, family: Family) -> None:
 def used_outside(side: str, family: Family) -> None:
     with plate("data", 2) as i:
         z = latent(side, "z", family, i)
-    observe(side, z.sum(-1, keepdim=True))
+    observe(side, z.sum(-1, keepdim=True).long())
 
 
 def branch(side: str, family: Family) -> None:
@@ -201,12 +214,20 @@ def plate(name: str, size: int, **options: Any) -> Any:
 
 
 def latent(side: str, name: str, family: Family, *where: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Samples a discrete site whose scores depend on positions and parents, and on a number; returns an index."""
-    scores = look_up(f"{side}.{name}", *where, size=family.outcomes)
-    if shift is not None:
-        scores = scores + shift[..., None] * param(f"{side}.{name}.shift", family.outcomes)
+    """Samples a discrete site whose scores depend on positions and parents, and on a number."""
+    scores = scores_at(side, name, family.outcomes, *where, shift=shift)
     make = THREE.make if family is SPARSE and side == "model" else family.make  # a prior that covers the guide
     return family.number(pyro.sample(name, make(scores)))
+
+
+def one_hot(side: str, name: str, *where: Tensor, shift: Tensor | None = None) -> Tensor:
+    value: Tensor = pyro.sample(name, dist.OneHotCategorical(logits=scores_at(side, name, 3, *where, shift=shift)))
+    return value
+
+
+def scores_at(side: str, name: str, outcomes: int, *where: Tensor, shift: Tensor | None = None) -> Tensor:
+    scores = look_up(f"{side}.{name}", *where, size=outcomes)
+    return scores if shift is None else scores + shift[..., None] * param(f"{side}.{name}.shift", outcomes)
 
 
 def normal(side: str, name: str, *where: Tensor) -> Tensor:
@@ -223,6 +244,16 @@ def observe(side: str, *where: Tensor, shift: Tensor | float = 0.0) -> None:
 
 
 def look_up(name: str, *where: Tensor, size: int | None = None) -> Tensor:
-    """Parameters at the given indices, which broadcast."""
-    shape = (ROOM,) * len(where) + (() if size is None else (size,))
-    return param(name, *shape)[where]
+    """Parameters at the given indices, which broadcast; at a bit, what is linear between its two."""
+    table = param(name, *(ROOM,) * len(where), *(() if size is None else (size,)))
+    bits = [i for i, index in enumerate(where) if index.is_floating_point()]
+    total: Any = 0.0
+    for corner in itertools.product((0, 1), repeat=len(bits)):
+        weight: Any = 1.0
+        index: list[Any] = [*where]
+        for i, value in zip(bits, corner, strict=True):
+            weight = weight * (where[i] if value else 1 - where[i])
+            index[i] = torch.full_like(where[i], value, dtype=torch.long)
+        rows = table[tuple(index)]
+        total = total + rows * (weight if size is None or not bits else weight[..., None])
+    return total

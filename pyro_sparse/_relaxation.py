@@ -1,0 +1,115 @@
+r"""
+Smooth stand-ins for one-hot draws, which straight-through variables and control variates share; torch only.
+
+Everywhere ``logits`` has shape ``(*batch, K)``; they need not be normalised, and -inf rules an outcome out. A Bernoulli
+variable with logit :math:`\ell` is the first of two outcomes with logits :math:`(\ell, 0)`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli
+
+Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
+JACOBIANS = ("identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao")
+
+
+def exact_logits(d: Any) -> Tensor:
+    """
+    The logits of a Bernoulli, Categorical or OneHotCategorical, ``(*batch, K)``, with -inf where it was made from a
+    probability of zero: torch makes that a finite one. (A probability that merely underflows keeps its logit.)
+    """
+    bit = isinstance(d, Bernoulli)
+    logits = torch.stack([d.logits, torch.zeros_like(d.logits)], -1) if bit else d.logits
+    if "probs" not in getattr(d, "_categorical", d).__dict__:
+        return logits  # it was made from them, and nobody has asked for its probabilities
+    if bit:
+        by_logit = d.logits.sigmoid()
+        zero = torch.stack([(d.probs == 0) & (by_logit > 0), (d.probs == 1) & (by_logit < 1)], -1)
+    else:
+        zero = (d.probs == 0) & (logits.exp() > 0)
+    return logits.masked_fill(zero, -math.inf)
+
+
+def gumbel_like(x: Tensor) -> Tensor:
+    """Standard Gumbel noise in the shape of x. (torch's exponential draws are never zero.)"""
+    return -torch.empty_like(x).exponential_().log()
+
+
+def conditional_gumbels(log_probs: Tensor, hard: Tensor) -> Tensor:
+    r"""
+    Perturbed log-probabilities :math:`z_k = \log p_k + g_k`, given which of them is the largest.
+
+    The largest is a Gumbel draw T, whatever p is, the others are :math:`-\log(e^{-T} + e^{-(\log p_k + g_k)})`. Other
+    forms of it overflow for peaked p.
+
+    Args:
+        log_probs: normalised, -inf where p is zero.
+        hard: one-hot, of the same shape up to broadcasting: where the largest is.
+    """
+    noise = gumbel_like(torch.broadcast_tensors(log_probs, hard)[0])
+    top = gumbel_like(noise[..., :1])
+    return torch.where(hard > 0, top, -torch.logaddexp(-top, -(log_probs + noise)))
+
+
+def one_hot_at_max(perturbed: Tensor) -> Tensor:
+    """The unit vector at the largest entry."""
+    return torch.zeros_like(perturbed).scatter_(-1, perturbed.argmax(-1, keepdim=True), 1.0)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of ``hard``, exactly, with the gradient of ``soft``."""
+    return hard + (soft - soft.detach())
+
+
+def draw_with_stand_in(
+    logits: Tensor, jacobian: Jacobian, temperature: float | Tensor, num_draws: int
+) -> tuple[Tensor, Tensor]:
+    r"""
+    A one-hot draw h, by the Gumbel-max trick, and a stand-in whose derivative by the logits :math:`\theta` is
+
+    ================== ================================================================================
+    ``identity``       :math:`I`
+    ``softmax``        :math:`J(p) = \mathrm{diag}(p) - p p^\top`, at :math:`p = \mathrm{softmax}(\theta)`
+    ``reinmax``        :math:`2 J\bigl(\tfrac12(p_\tau + h)\bigr) - \tfrac12 J(p)`
+    ``gumbel-softmax`` that of :math:`\mathrm{softmax}((\theta + g) / \tau)`, g the noise that gave h
+    ``gumbel-rao``     its mean over ``num_draws`` other noises that give h
+    ================== ================================================================================
+
+    with :math:`p_\tau = \mathrm{softmax}(\theta / \tau)`.
+    """
+    perturbed = logits + gumbel_like(logits.detach())
+    hard = one_hot_at_max(perturbed.detach())
+    if jacobian == "gumbel-softmax":
+        return hard, (perturbed / temperature).softmax(-1)
+    finite = logits.masked_fill(logits == -math.inf, 0.0)  # where p is zero, so is its row and column of J
+    if jacobian == "identity":
+        return hard, finite
+    if jacobian == "gumbel-rao":
+        with torch.no_grad():
+            log_probs = logits.log_softmax(-1).expand(num_draws, *logits.shape)
+            others = conditional_gumbels(log_probs, hard)
+        # The noise is held fixed: the derivative is that by the logits to which it is added.
+        return hard, ((others + (finite - finite.detach())) / temperature).softmax(-1).mean(0)
+    probs = logits.detach().softmax(-1)
+    soft = _times_jacobian(probs, finite)
+    if jacobian == "reinmax":
+        middle = ((logits.detach() / temperature).softmax(-1) + hard) / 2
+        soft = 2 * _times_jacobian(middle.detach(), finite) - soft / 2
+    return hard, soft
+
+
+def _times_jacobian(probs: Tensor, x: Tensor) -> Tensor:
+    r""":math:`(\mathrm{diag}(p) - p p^\top)\,x`."""
+    return probs * (x - (probs * x).sum(-1, keepdim=True))
+
+
+def linear_log_prob(logits: Tensor, value: Tensor) -> Tensor:
+    r""":math:`\sum_k v_k \log p_k` for normalised logits: linear in v, -inf where v has what p lacks."""
+    off = logits == -math.inf
+    log_prob = (value * logits.masked_fill(off, 0.0)).sum(-1)
+    return log_prob.masked_fill((off & (value > 0)).any(-1), -math.inf)

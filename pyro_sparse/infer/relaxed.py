@@ -1,0 +1,96 @@
+"""Values between the outcomes of a discrete site: log-probabilities there, and models that cannot take them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Bernoulli, Independent, OneHotCategorical
+
+from pyro_sparse._relaxation import exact_logits, linear_log_prob
+from pyro_sparse.distributions import SparseOneHotCategorical
+from pyro_sparse.distributions.straight_through import is_straight_through
+from pyro_sparse.estimators import Estimator
+
+_TAKES_INDICES = re.compile(
+    "[Ii]ndices|[Ii]ndex|must be long|integer|to be within the support|expected scalar type Long|has to be an int"
+)
+
+
+class LinearLogProbs(Messenger):
+    """In a model: continues log-probabilities linearly between the outcomes of the named sites."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and not msg["is_observed"]:
+            msg["fn"] = with_linear_log_prob(msg["fn"], msg["name"])
+
+
+def with_linear_log_prob(fn: Any, site: str) -> Any:
+    """A view of ``fn`` whose ``log_prob`` is linear in the value, and that of ``fn`` at its outcomes."""
+    base = fn
+    while isinstance(base, (Independent, MaskedDistribution)):
+        base = base.base_dist
+    if not isinstance(base, (Bernoulli, OneHotCategorical, SparseOneHotCategorical)):
+        raise ValueError(
+            f"EstimatorELBO, site '{site}': expected Bernoulli or OneHotCategorical in the model, too, got {fn}, at a "
+            "site whose estimator relaxes it. Use RELAX."
+        )
+    view = copy.copy(fn)
+    view.__dict__["log_prob"] = functools.partial(_linear_log_prob, fn)
+    return view
+
+
+def _linear_log_prob(fn: Any, value: Tensor) -> Any:
+    if isinstance(fn, Independent):
+        return sum_rightmost(_linear_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        return scale_and_mask(_linear_log_prob(fn.base_dist, value), mask=fn._mask)
+    if isinstance(fn, Bernoulli):
+        return linear_log_prob(exact_logits(fn).log_softmax(-1), torch.stack([value, 1 - value], -1))
+    return linear_log_prob(fn.logits if isinstance(fn, SparseOneHotCategorical) else exact_logits(fn), value)
+
+
+def smooth_sites(trace: Any, estimators: Mapping[str, Estimator]) -> dict[str, Any]:
+    """The guide's sites whose values have a pretended or a relaxed derivative: estimators, and the families' own."""
+    found: dict[str, Any] = {name: e for name, e in estimators.items() if e.relaxes or e.reparameterizes}
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and is_straight_through(node["fn"]):
+            found[name] = node["fn"]
+    return found
+
+
+@contextmanager
+def refuse_indices(find: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """Names the smooth sites where a model that wants indices meets unit vectors, or points between them."""
+    try:
+        yield
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        if _TAKES_INDICES.search(first_line) and (sites := find()):
+            raise not_relaxed(sites, f"that raises: {first_line}") from error
+        raise
+
+
+def not_relaxed(sites: Mapping[str, Any], got: str) -> ValueError:
+    """What to raise where a model cannot be differentiated by these sites' values."""
+    where = " or ".join(f"'{name}' ({type(what).__name__})" for name, what in sites.items())
+    takes = "one-hot vectors and bits as numbers"
+    if any(getattr(what, "relaxes", False) for what in sites.values()):
+        takes += ", and numbers between 0 and 1 in their place"
+    return ValueError(
+        f"EstimatorELBO, site {where}: expected a model that takes {takes}, got one {got}. Multiply the one-hot vector "
+        "by an embedding's weights (z @ embedding.weight); or use RELAX, whose control variate is a network."
+    )
