@@ -80,8 +80,10 @@ def draw_with_stand_in(
     ``gumbel-rao``     its mean over ``num_draws`` other noises that give h
     ================== ================================================================================
 
-    with :math:`p_\tau = \mathrm{softmax}(\theta / \tau)`.
+    with :math:`p_\tau = \mathrm{softmax}(\theta / \tau)`. A temperature that is a tensor broadcasts to the batch shape.
     """
+    if isinstance(temperature, Tensor):
+        temperature = temperature.unsqueeze(-1)
     perturbed = logits + gumbel_like(logits.detach())
     hard = one_hot_at_max(perturbed.detach())
     if jacobian == "gumbel-softmax":

@@ -1,5 +1,6 @@
 """
-KL divergences of the sparse families, to and from the stock ones and each other, as registered with torch.
+KL divergences of the sparse and straight-through families, to and from stock ones and each other, as registered with
+torch.
 
 .. math:: \\mathrm{KL}(p \\| q) = \\sum_{k: p_k > 0} p_k (\\log p_k - \\log q_k),
 
@@ -12,7 +13,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, OneHotCategorical
+from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from torch.distributions.kl import register_kl
 
 from pyro_sparse._numerics import safe_log
@@ -20,6 +21,7 @@ from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.projected import ProjectedDistribution
 from pyro_sparse.distributions.sparse_categorical import SparseCategorical
+from pyro_sparse.distributions.straight_through import BernoulliST, OneHotCategoricalST
 
 Finite = Categorical | OneHotCategorical | ProjectedDistribution
 
@@ -34,13 +36,30 @@ def _log_probs(d: Finite) -> Tensor:
 @register_kl(SparseOneHotCategorical, SparseOneHotCategorical)
 @register_kl(SparseOneHotCategorical, OneHotCategorical)
 @register_kl(OneHotCategorical, SparseOneHotCategorical)
+@register_kl(OneHotCategoricalST, OneHotCategoricalST)
+@register_kl(OneHotCategoricalST, OneHotCategorical)
+@register_kl(OneHotCategorical, OneHotCategoricalST)
+@register_kl(OneHotCategoricalST, SparseOneHotCategorical)
+@register_kl(SparseOneHotCategorical, OneHotCategoricalST)
 def _kl_finite(p: Finite, q: Finite) -> Tensor:
     if p.probs.shape[-1] != q.probs.shape[-1]:
         raise ValueError(
             f"kl_divergence({p}, {q}): expected as many outcomes in both, got {p.probs.shape[-1]} and "
             f"{q.probs.shape[-1]}. Compare distributions over the same outcomes."
         )
-    p_probs, log_q = torch.broadcast_tensors(p.probs, _log_probs(q))
+    return _kl(p.probs, _log_probs(q))
+
+
+@register_kl(BernoulliST, BernoulliST)
+@register_kl(BernoulliST, Bernoulli)
+@register_kl(Bernoulli, BernoulliST)
+def _kl_bits(p: Bernoulli, q: Bernoulli) -> Tensor:
+    # torch's own is inf where the probabilities of q are rounded to 0 or 1.
+    return _kl(exact_logits(p).softmax(-1), exact_logits(q).log_softmax(-1))
+
+
+def _kl(p_probs: Tensor, log_q: Tensor) -> Tensor:
+    p_probs, log_q = torch.broadcast_tensors(p_probs, log_q)
     off = p_probs == 0
     missing = ~off & (log_q == -math.inf)
     # What is inf is set apart before the product: 0 * inf would be NaN in value, and in the gradient of finite rows.

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 from torch.distributions import Independent
 
@@ -49,21 +50,28 @@ class _StraightThrough(dist.TorchDistribution):
             name = type(self).__name__
             checked(name, "temperature", self.temperature, ok, "a positive number", "Use, say, 0.5.")
             shape = self.temperature.shape if isinstance(self.temperature, Tensor) else Size()
-            if torch.broadcast_shapes(shape, self.batch_shape) != self.batch_shape:
+            sizes = zip(reversed(shape), reversed(self.batch_shape), strict=False)
+            if len(shape) > len(self.batch_shape) or any(own not in (1, size) for own, size in sizes):
                 raise ValueError(
                     f"{name}.temperature: expected a shape that broadcasts to the batch shape "
                     f"{tuple(self.batch_shape)}, got {tuple(shape)}. Use one number, or one for each batch element."
                 )
 
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """
+        Those of a reparameterised site; where the value has no derivative, because it was enumerated, those of a plain
+        one: ``TraceEnum_ELBO`` weights an outcome by its score.
+        """
+        log_prob = self.log_prob(value)
+        if log_prob.requires_grad and not value.requires_grad:
+            return ScoreParts(log_prob, log_prob, 0)  # type: ignore[arg-type]
+        return ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]
+
     def _draw(self, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A one-hot draw and its stand-in, ``(*sample, *batch, K)``."""
         logits = exact_logits(self)
-        temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.unsqueeze(-1)
-        return draw_with_stand_in(
-            logits.expand(*sample_shape, *logits.shape), self.jacobian, temperature, self.num_draws
-        )
+        logits = logits.expand(*sample_shape, *logits.shape)
+        return draw_with_stand_in(logits, self.jacobian, self.temperature, self.num_draws)
 
     def _expanded(self, new: Any, batch_shape: Sequence[int]) -> Any:
         temperature = self.temperature

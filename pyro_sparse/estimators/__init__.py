@@ -15,9 +15,10 @@ from pyro_sparse.estimators.baselines import (
 )
 from pyro_sparse.estimators.local_expectation import LocalExpectation
 from pyro_sparse.estimators.rao_blackwell import RaoBlackwell
-from pyro_sparse.estimators.relaxed import REBAR, RELAX, MuProp
+from pyro_sparse.estimators.rebar import REBAR, RELAX
 from pyro_sparse.estimators.score_function import Exact, LeaveOneOut, ScoreFunction
 from pyro_sparse.estimators.straight_through import StraightThrough
+from pyro_sparse.estimators.taylor import DoubleControlVariate, MuProp
 from pyro_sparse.estimators.unordered_set import UnorderedSet
 from pyro_sparse.estimators.vimco import VIMCO
 
@@ -36,6 +37,7 @@ __all__ = [
     "REBAR",
     "RELAX",
     "MuProp",
+    "DoubleControlVariate",
     # biased
     "StraightThrough",
     # baselines of ScoreFunction

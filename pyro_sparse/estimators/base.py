@@ -118,8 +118,8 @@ class Estimator(nn.Module):
         num_particles: how many particles of the whole program it needs; all estimators of an ELBO share them.
         vectorized: whether those particles are one vectorised run (else one run each).
         draws_slots: whether :meth:`draw` lays out several values of its site in a dim of their own.
-        relaxes: whether some of those, of weight zero, lie between the outcomes. There, log-probabilities of the site
-            are continued linearly.
+        relaxes: whether it differentiates the model by those, some of which, of weight zero, may lie between the
+            outcomes. Log-probabilities of the site are then linear in its value.
         reparameterizes: whether, in place of all this, :meth:`reparameterized` gives one value with a derivative; the
             site's KL divergence is then taken in closed form.
         unbiased: whether its expectation is the gradient of the objective.

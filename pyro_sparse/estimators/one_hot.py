@@ -1,7 +1,8 @@
-"""The variables of a site as one-hot vectors, whatever form their values have."""
+"""The variables of a site as one-hot vectors, whatever form their values have, and estimates that weight them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits
-from pyro_sparse.estimators.base import Site
+from pyro_sparse.estimators.base import Estimator, Site, Slots
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ class OneHotView:
         """Sums over K and the elements: ``(..., *elements, K)`` to ``(...)``."""
         return x.sum(tuple(range(-1 - self.elements, 0)))
 
+    def as_cotangent(self, x: Tensor) -> Tensor:
+        """A derivative by the site's values as one by one-hot vectors."""
+        return torch.stack([x, torch.zeros_like(x)], -1) if isinstance(self.base, Bernoulli) else x
+
+    def surrogate(self, weights: Tensor) -> Tensor:
+        r"""What has the gradient :math:`\sum_k w_k \nabla \log p_k`, summed over the elements, w held fixed."""
+        return self.sum_elements(weights.detach() * self.log_probs.masked_fill(self.log_probs == -math.inf, 0.0))
+
     def spread(self, x: Tensor) -> Tensor:
         """``(...)`` to ``(..., 1, ..., 1)``, to be multiplied by a one-hot vector for each element."""
         return x.reshape(*x.shape, *(1,) * (1 + self.elements))
@@ -75,3 +84,37 @@ def one_hot_view(estimator: str, site: Site, indices: bool, fix: str) -> OneHotV
         )
     logits = exact_logits(base)
     return OneHotView(logits, logits.dim() - 1 - len(site.fn.batch_shape), base)
+
+
+def draw_and_relaxed(hard: Tensor, soft: Tensor, memo: Tensor, site: Site) -> Slots:
+    """Two slots: a draw, of weight one, and what lies between the outcomes, of weight zero."""
+    batch = site.fn.batch_shape
+    log_weights = hard.new_tensor([0.0, -math.inf]).reshape(2, *(1,) * len(batch)).expand(2, *batch)
+    return Slots(torch.stack([hard, soft]), log_weights, memo=memo)
+
+
+def in_first_slot(surrogate: Tensor, cost: Tensor) -> Tensor:
+    """In the shape of the cost: the surrogate, and zeros in all slots but one."""
+    return torch.cat([surrogate.reshape(cost[:1].shape), torch.zeros_like(cost[1:])])
+
+
+def derivative(cost: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
+    """That of each element's cost; the graph stays, which the model's own gradient shares."""
+    (slope,) = torch.autograd.grad(
+        cost.sum(), at, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return slope
+
+
+def norm_loss(view: OneHotView, weights: Tensor, estimator: Estimator) -> Tensor | float:
+    r"""
+    A loss whose gradient is that of :math:`\lVert g \rVert^2` by what the estimator learns, and by nothing else; g is
+    the gradient by the logits whose surrogate has these weights. As g is unbiased, it is that of the variance.
+    """
+    learnt = [parameter for parameter in estimator.parameters() if parameter.requires_grad]
+    if not learnt:
+        return 0.0
+    gradient = weights - view.log_probs.detach().exp() * weights.sum(-1, keepdim=True)
+    norm = view.sum_elements(gradient.square()).mean()
+    gradients = torch.autograd.grad(norm, learnt, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return sum((p * g).sum() for p, g in zip(learnt, gradients, strict=True))

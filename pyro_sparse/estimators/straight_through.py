@@ -31,8 +31,8 @@ class StraightThrough(Estimator):
         jacobian: ``"identity"``, ``"softmax"``, ``"reinmax"``, ``"gumbel-softmax"`` or ``"gumbel-rao"``; see
             :class:`~pyro_sparse.distributions.OneHotCategoricalST`.
         temperature: of ``"reinmax"`` and the Gumbel Jacobians, positive: a number, which may be set anew between steps
-            (``estimator.temperature = 0.5``), or a tensor. One that is an ``nn.Parameter`` is trained by the same,
-            biased, gradient.
+            (``estimator.temperature = 0.5``), or a tensor that broadcasts to the site's batch shape. One that is an
+            ``nn.Parameter`` is trained by the same, biased, gradient.
         num_draws: of ``"gumbel-rao"``.
 
     Reference: those of :class:`~pyro_sparse.distributions.OneHotCategoricalST`.

@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.score_parts import ScoreParts
 from pyro.infer import TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -166,15 +167,18 @@ class _EnumerateAll(Messenger):
         fn = msg["fn"]
         if msg["is_observed"] or site_is_subsample(msg):
             return
+        view = copy.copy(fn)
         if isinstance(_unmasked(fn), Independent):
             values = self._combinations(_unmasked(fn), msg["name"])
             if values is None:
                 return
-            msg["fn"] = view = copy.copy(fn)
             shape = fn.batch_shape + fn.event_shape
             view.__dict__["enumerate_support"] = functools.partial(enumerate_values, values, shape)
         elif not getattr(fn, "has_enumerate_support", False):
             return
+        if getattr(fn, "has_rsample", False):  # straight-through: its outcomes would count with the weight 1
+            view.__dict__["score_parts"] = functools.partial(_plain_score_parts, fn)
+        msg["fn"] = view
         asked = msg["infer"].get("enumerate") or self.strategy
         others = {k: v for k, v in msg["infer"].items() if k not in ("num_samples", "tmc", "expand")}
         msg["infer"] = {**others, "enumerate": asked}
@@ -211,6 +215,11 @@ class _EnumerateAll(Messenger):
                 f"EnumeratedELBO: expected at most max_outcomes={self.max_outcomes} combinations of outcomes, got "
                 f"{total}. Raise max_outcomes, or use an estimator that draws."
             )
+
+
+def _plain_score_parts(fn: Any, value: Tensor) -> ScoreParts:
+    log_prob = fn.log_prob(value)
+    return ScoreParts(log_prob, log_prob, 0)  # type: ignore[arg-type]
 
 
 def _unmasked(fn: Any) -> Any:

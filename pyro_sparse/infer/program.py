@@ -89,9 +89,9 @@ class Run:
         for name, what in smooth_sites(self.guide_trace, self.messenger.estimators).items():
             value = self.guide_trace.nodes[name]["value"]
             paths = [term.path.sum() for term in self.costs.terms if term.name != name and term.path is not None]
-            total = sum(paths[1:], paths[0]) if paths else torch.zeros(())
-            if not value.requires_grad:
+            if not value.requires_grad or not paths:
                 continue
+            total = sum(paths[1:], paths[0])
             if not total.requires_grad or _derivative(total, value) is None:
                 got = "without a derivative by them: it rounds the value, or takes an index from it"
                 raise not_relaxed({name: what}, got)

@@ -24,11 +24,18 @@ from torch import Tensor, nn
 from pyro_sparse._relaxation import conditional_gumbels, gumbel_like, one_hot_at_max
 from pyro_sparse.estimators.base import Estimator, Site, Slots
 from pyro_sparse.estimators.baselines import network_input
-from pyro_sparse.estimators.one_hot import OneHotView, one_hot_view
+from pyro_sparse.estimators.one_hot import (
+    OneHotView,
+    derivative,
+    draw_and_relaxed,
+    in_first_slot,
+    norm_loss,
+    one_hot_view,
+)
 
 
 class _ControlVariate(Estimator):
-    """What REBAR and RELAX share: the estimate from c and its derivative, and the objective of what is learnt."""
+    """What REBAR and RELAX share: the temperature, and the estimate from c and its derivative."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
@@ -40,28 +47,13 @@ class _ControlVariate(Estimator):
         r""":math:`\mathrm{softmax}(z / \tau)`."""
         return (z / self.log_temperature.exp().to(z)).softmax(-1)
 
-    def _learnt(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
     def _estimate(
         self, f: Tensor, c: Tensor, z: Tensor, hard: Tensor, view: OneHotView
     ) -> tuple[Tensor, Tensor | float]:
-        r"""
-        The surrogate with gradient :math:`\sum_k w_k \nabla \log p_k`, and the loss that trains c. The squared norm is
-        that of the gradient by the logits, and only what is learnt gets its derivative.
-        """
-        learnt = self._learnt()
-        slope = derivative(c, z, create_graph=bool(learnt))
+        slope = derivative(c, z, create_graph=any(p.requires_grad for p in self.parameters()))
         ratios = (z.detach() - z.detach().amax(-1, keepdim=True)).exp()
         weights = view.spread(f - c) * hard + ratios * slope
-        log_probs = view.log_probs
-        surrogate = view.sum_elements(weights.detach() * log_probs.masked_fill(log_probs == -math.inf, 0.0))
-        if not learnt:
-            return surrogate, 0.0
-        gradient = weights - log_probs.detach().exp() * weights.sum(-1, keepdim=True)
-        norm = view.sum_elements(gradient.square()).mean()
-        gradients = torch.autograd.grad(norm, learnt, retain_graph=True, allow_unused=True, materialize_grads=True)
-        return surrogate, sum((p * g).sum() for p, g in zip(learnt, gradients, strict=True))
+        return view.surrogate(weights), norm_loss(view, weights, self)
 
 
 class REBAR(_ControlVariate):
@@ -95,20 +87,19 @@ class REBAR(_ControlVariate):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def draw(self, site: Site) -> Slots:
+        """The draw, and the relaxed one from the same noise."""
         view = self._view(site)
         log_probs = view.log_probs.detach()
         z = (log_probs + gumbel_like(log_probs)).requires_grad_()
-        hard = view.value(one_hot_at_max(z.detach()))
-        return relaxed_slots(hard, view.value(self.relax(z)), z, len(site.fn.batch_shape))
+        return draw_and_relaxed(view.value(one_hot_at_max(z.detach())), view.value(self.relax(z)), z, site)
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         if not torch.is_grad_enabled():
             return torch.zeros_like(cost), 0.0
         assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
-        z = site.slots.memo
-        c = site.attached_cost()[1]
+        z, c = site.slots.memo, site.attached_cost()[1]
         surrogate, loss = self._estimate(cost[0], self.scale.to(c) * c, z, one_hot_at_max(z.detach()), self._view(site))
-        return torch.stack([surrogate, torch.zeros_like(surrogate)]), loss
+        return in_first_slot(surrogate, cost), loss
 
     def _view(self, site: Site) -> OneHotView:
         return one_hot_view("REBAR", site, indices=False, fix="Use OneHotCategorical, or RELAX or LeaveOneOut.")
@@ -175,61 +166,3 @@ class RELAX(_ControlVariate):
                 f"{tuple(value.shape)}. Use one output unit."
             )
         return value
-
-
-class MuProp(Estimator):
-    r"""
-    .. math:: \nabla E_q f \approx \bigl(f(h) - f(\mu) - f'(\mu)^\top (h - \mu)\bigr)\,\nabla \log q(h)
-        + f'(\mu)^\top \nabla \mu, \qquad \mu = E_q h:
-
-    the model's first-order expansion at the mean is the control variate.
-
-    **Bias:** none. **Extra model evaluations:** 1; sites multiply. **Needs from the guide:** ``Bernoulli`` or
-    ``OneHotCategorical``, alone or under ``to_event``, with a prior of the same kind, and a model that can run on their
-    mean.
-
-    Reference: S. Gu et al., *MuProp: unbiased backpropagation for stochastic neural networks*, ICLR 2016, §3.
-    """
-
-    draws_slots = True
-    relaxes: ClassVar[bool] = True
-
-    def draw(self, site: Site) -> Slots:
-        view = self._view(site)
-        mean = view.value(view.log_probs.detach().exp()).requires_grad_()
-        return relaxed_slots(site.fn.sample(), mean, mean, len(site.fn.batch_shape))
-
-    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        if not torch.is_grad_enabled():
-            return torch.zeros_like(cost), 0.0
-        assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
-        mean = site.slots.memo
-        at_mean = site.attached_cost()[1]
-        slope = derivative(at_mean, mean)
-        view = self._view(site)
-        event = tuple(range(len(site.fn.batch_shape) - mean.dim(), 0))
-
-        def along(x: Tensor) -> Tensor:
-            return (slope * x).sum(event) if event else slope * x
-
-        linear = at_mean.detach() + along(site.slots.values[0] - mean.detach())
-        surrogate = (cost[0] - linear) * site.log_prob[0] + along(view.value(view.log_probs.exp()))
-        return torch.stack([surrogate, torch.zeros_like(surrogate)]), 0.0
-
-    def _view(self, site: Site) -> OneHotView:
-        return one_hot_view("MuProp", site, indices=False, fix="Use OneHotCategorical, or RELAX or LeaveOneOut.")
-
-
-def relaxed_slots(hard: Tensor, soft: Tensor, memo: Tensor, batch_dims: int) -> Slots:
-    """Two slots: the draw, of weight one, and what lies between the outcomes, of weight zero."""
-    log_weights = hard.new_tensor([0.0, -math.inf]).reshape(2, *(1,) * batch_dims)
-    values = torch.stack(torch.broadcast_tensors(hard, soft))
-    return Slots(values, log_weights.expand(2, *hard.shape[:batch_dims]), memo=memo)
-
-
-def derivative(cost: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
-    """That of each element's cost; the graph stays, which the model's own gradient shares."""
-    (slope,) = torch.autograd.grad(
-        cost.sum(), at, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return slope
