@@ -88,7 +88,7 @@ def draw_with_stand_in(
     hard = one_hot_at_max(perturbed.detach())
     if jacobian == "gumbel-softmax":
         return hard, (perturbed / temperature).softmax(-1)
-    finite = logits.masked_fill(logits == -math.inf, 0.0)  # where p is zero, so is its row and column of J
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min)  # where p is zero, so is its row and column of J
     if jacobian == "identity":
         return hard, finite
     if jacobian == "gumbel-rao":

@@ -118,7 +118,8 @@ def bias_along(moments: Moments, reference: Tensor | Moments, row: int, eps: flo
         moments: those of the estimator, whose only direction is u.
         reference: the exact gradient, or the moments of another estimator.
         row: the row of u among the reference's directions.
-        eps: the rounding error of one number; differences of a hundred times as much are no bias.
+        eps: the rounding error of one number; differences of a thousand times as much are no
+            bias: a small gradient may be what is left of large costs.
     """
     assert moments.directions is not None
     estimate, variance = moments.second_along(0)
@@ -132,7 +133,7 @@ def bias_along(moments: Moments, reference: Tensor | Moments, row: int, eps: flo
         variance += their_variance
         noise += reference.variance() / reference.first_count
         norm = float(reference.mean().norm())
-    rounding = 100 * eps * max(norm, float(moments.mean().norm()))
+    rounding = 1000 * eps * max(norm, float(moments.mean().norm()))
     error = math.hypot(math.sqrt(variance), rounding)
     threshold = _quantile(len(moments.along) - 1) * error
     least = threshold**2

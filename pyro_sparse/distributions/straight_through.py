@@ -125,7 +125,7 @@ class OneHotCategoricalST(dist.OneHotCategorical, _StraightThrough):
         logits: unnormalised log-probabilities. The Jacobian is by the normalised ones, ``d.logits``.
         jacobian: see above.
         temperature: :math:`\tau > 0`, a number or a tensor that broadcasts to the batch shape, of ``"reinmax"`` and the
-            Gumbel Jacobians: low ones have less bias and more variance.
+            Gumbel Jacobians: low ones have more variance; high ones more bias, which does not vanish with low ones.
         num_draws: of ``"gumbel-rao"``.
         validate_args: as in torch.
 
@@ -199,8 +199,8 @@ class GumbelSoftmaxST(OneHotCategoricalST):
     ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0])
 
     Args:
-        temperature: :math:`\tau > 0`, a number or a tensor that broadcasts to the batch shape; low ones have less bias
-            and more variance.
+        temperature: :math:`\tau > 0`, a number or a tensor that broadcasts to the batch shape; low ones have more
+            variance, high ones more bias, which does not vanish with low ones.
         probs: probabilities, or
         logits: unnormalised log-probabilities.
         validate_args: as in torch.

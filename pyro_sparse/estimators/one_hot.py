@@ -31,8 +31,13 @@ class OneHotView:
 
     @cached_property
     def log_probs(self) -> Tensor:
-        """The normalised logits."""
-        return self.logits.log_softmax(-1)
+        """The normalised logits, detached."""
+        return self.logits.detach().log_softmax(-1)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Their exponentials, detached."""
+        return self.log_probs.exp()
 
     def value(self, one_hot: Tensor) -> Tensor:
         """One-hot vectors, or what lies between them, in the form of the site's own values; indices stay vectors."""
@@ -54,9 +59,13 @@ class OneHotView:
         """A derivative by the site's values as one by one-hot vectors."""
         return torch.stack([x, torch.zeros_like(x)], -1) if isinstance(self.base, Bernoulli) else x
 
-    def surrogate(self, weights: Tensor) -> Tensor:
-        r"""What has the gradient :math:`\sum_k w_k \nabla \log p_k`, summed over the elements, w held fixed."""
-        return self.sum_elements(weights.detach() * self.log_probs.masked_fill(self.log_probs == -math.inf, 0.0))
+    def gradient(self, weights: Tensor) -> Tensor:
+        r""":math:`\sum_k w_k \nabla \log p_k`, by the logits."""
+        return weights - self.probs * weights.sum(-1, keepdim=True)
+
+    def surrogate(self, gradient: Tensor) -> Tensor:
+        """What has this gradient by the logits, summed over the elements."""
+        return self.sum_elements(gradient.detach() * self.logits.clamp(min=torch.finfo(self.logits.dtype).min))
 
     def spread(self, x: Tensor) -> Tensor:
         """``(...)`` to ``(..., 1, ..., 1)``, to be multiplied by a one-hot vector for each element."""
@@ -106,15 +115,14 @@ def derivative(cost: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
     return slope
 
 
-def norm_loss(view: OneHotView, weights: Tensor, estimator: Estimator) -> Tensor | float:
+def norm_loss(view: OneHotView, gradient: Tensor, estimator: Estimator) -> Tensor | float:
     r"""
-    A loss whose gradient is that of :math:`\lVert g \rVert^2` by what the estimator learns, and by nothing else; g is
-    the gradient by the logits whose surrogate has these weights. As g is unbiased, it is that of the variance.
+    A loss whose gradient is that of :math:`\lVert g \rVert^2` by what the estimator learns, and by nothing else. As g,
+    the gradient by the logits, is unbiased, the mean of that is the gradient of its variance.
     """
     learnt = [parameter for parameter in estimator.parameters() if parameter.requires_grad]
     if not learnt:
         return 0.0
-    gradient = weights - view.log_probs.detach().exp() * weights.sum(-1, keepdim=True)
     norm = view.sum_elements(gradient.square()).mean()
     gradients = torch.autograd.grad(norm, learnt, retain_graph=True, allow_unused=True, materialize_grads=True)
     return sum((p * g).sum() for p, g in zip(learnt, gradients, strict=True))

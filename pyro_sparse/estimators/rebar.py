@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pyro_sparse._relaxation import conditional_gumbels, gumbel_like, one_hot_at_max
 from pyro_sparse.estimators.base import Estimator, Site, Slots
@@ -47,13 +48,14 @@ class _ControlVariate(Estimator):
         r""":math:`\mathrm{softmax}(z / \tau)`."""
         return (z / self.log_temperature.exp().to(z)).softmax(-1)
 
-    def _estimate(
-        self, f: Tensor, c: Tensor, z: Tensor, hard: Tensor, view: OneHotView
-    ) -> tuple[Tensor, Tensor | float]:
-        slope = derivative(c, z, create_graph=any(p.requires_grad for p in self.parameters()))
+    def _learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def _gradient(self, f: Tensor, c: Tensor, z: Tensor, hard: Tensor, view: OneHotView) -> Tensor:
+        """The estimate, by the logits."""
+        slope = derivative(c, z, create_graph=self._learns())
         ratios = (z.detach() - z.detach().amax(-1, keepdim=True)).exp()
-        weights = view.spread(f - c) * hard + ratios * slope
-        return view.surrogate(weights), norm_loss(view, weights, self)
+        return view.gradient(view.spread(f - c) * hard + ratios * slope)
 
 
 class REBAR(_ControlVariate):
@@ -67,7 +69,8 @@ class REBAR(_ControlVariate):
     they are at one point, so that the model runs on two values and not on three. The temperature :math:`\tau` and the
     scale :math:`\eta` are trained by the same ``svi.step`` to lessen the variance.
 
-    **Bias:** none. **Extra model evaluations:** 1; sites multiply. **Needs from the guide:** ``Bernoulli`` or
+    **Bias:** none, unless a later site that depends on this one is straight-through: the model's derivative is then
+    pretended. **Extra model evaluations:** 1; sites multiply. **Needs from the guide:** ``Bernoulli`` or
     ``OneHotCategorical``, alone or under ``to_event``, with a prior of the same kind, and a model that is continuous in
     the value and can run on one between 0 and 1.
 
@@ -89,8 +92,7 @@ class REBAR(_ControlVariate):
     def draw(self, site: Site) -> Slots:
         """The draw, and the relaxed one from the same noise."""
         view = self._view(site)
-        log_probs = view.log_probs.detach()
-        z = (log_probs + gumbel_like(log_probs)).requires_grad_()
+        z = (view.log_probs + gumbel_like(view.log_probs)).requires_grad_()
         return draw_and_relaxed(view.value(one_hot_at_max(z.detach())), view.value(self.relax(z)), z, site)
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
@@ -98,8 +100,9 @@ class REBAR(_ControlVariate):
             return torch.zeros_like(cost), 0.0
         assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
         z, c = site.slots.memo, site.attached_cost()[1]
-        surrogate, loss = self._estimate(cost[0], self.scale.to(c) * c, z, one_hot_at_max(z.detach()), self._view(site))
-        return in_first_slot(surrogate, cost), loss
+        view = self._view(site)
+        gradient = self._gradient(cost[0], self.scale.to(c) * c, z, one_hot_at_max(z.detach()), view)
+        return in_first_slot(view.surrogate(gradient), cost), norm_loss(view, gradient, self)
 
     def _view(self, site: Site) -> OneHotView:
         return one_hot_view("REBAR", site, indices=False, fix="Use OneHotCategorical, or RELAX or LeaveOneOut.")
@@ -119,11 +122,12 @@ class RELAX(_ControlVariate):
     guide:** ``Bernoulli``, ``Categorical`` or ``OneHotCategorical``, alone or under ``to_event``.
 
     Args:
-        net: any module, twice differentiable (no bare ReLU: use Tanh or SiLU, say). It gets the relaxed value, of shape
-            ``(*batch, *event)``: numbers between 0 and 1 for bits, ``(*batch, 1)`` for a single one; points of the
-            simplex, ``(..., K)``, for categories. Its output has shape ``batch`` or ``(*batch, 1)``.
-        inputs: a function of the guide's arguments whose result the network gets as a second argument, with the rows
-            of the plates, as in :class:`NeuralBaseline`.
+        net: a continuous module of its own, best a smooth one (with Tanh or SiLU, say): its derivative is trained, too.
+            It gets the relaxed value, of shape ``(*batch, *event)``: numbers between 0 and 1 for bits, ``(*batch, 1)``
+            for a single one; points of the simplex, ``(..., K)``, for categories. Its output has shape ``batch`` or
+            ``(*batch, 1)``.
+        inputs: a function of the guide's arguments whose result, detached, the network gets as a second argument, with
+            the rows of the plates, as in :class:`NeuralBaseline`.
         temperature: where :math:`\tau` begins, positive.
 
     Raises:
@@ -146,8 +150,11 @@ class RELAX(_ControlVariate):
         assert site.value is not None
         view = one_hot_view("RELAX", site, indices=True, fix="Use LeaveOneOut, which serves every distribution.")
         hard = view.one_hot(site.value)
-        z = conditional_gumbels(view.log_probs.detach(), hard).requires_grad_()
-        return self._estimate(cost, self._c(view.value(self.relax(z)), site), z, hard, view)
+        z = conditional_gumbels(view.log_probs, hard).requires_grad_()
+        gradient = self._gradient(cost, self._c(view.value(self.relax(z)), site), z, hard, view)
+        # Nothing but what is learnt gets a gradient of its squared norm: no need for norm_loss.
+        loss = view.sum_elements(gradient.square()).mean() if self._learns() else 0.0
+        return view.surrogate(gradient), loss
 
     def _c(self, relaxed: Tensor, site: Site) -> Tensor:
         batch = site.fn.batch_shape
@@ -156,6 +163,7 @@ class RELAX(_ControlVariate):
             value = self.net(relaxed)
         else:
             x = network_input("RELAX", site, self.inputs)
+            x = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, x)
             if isinstance(x, Tensor) and x.shape[: len(site.batch_shape)] == site.batch_shape:
                 x = x.expand(batch + x.shape[len(site.batch_shape) :])  # one row for each particle and slot, too
             value = self.net(relaxed, x)

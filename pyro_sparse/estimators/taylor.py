@@ -32,9 +32,9 @@ class MuProp(Estimator):
 
     the model's first-order expansion at the mean is the control variate.
 
-    **Bias:** none. **Extra model evaluations:** 1; sites multiply. **Needs from the guide:** ``Bernoulli`` or
-    ``OneHotCategorical``, alone or under ``to_event``, with a prior of the same kind, and a model that can run on their
-    mean.
+    **Bias:** none (any slope would do). **Extra model evaluations:** 1; sites multiply. **Needs from the guide:**
+    ``Bernoulli`` or ``OneHotCategorical``, alone or under ``to_event``, with a prior of the same kind, and a model that
+    can run on their mean.
 
     Reference: S. Gu et al., *MuProp: unbiased backpropagation for stochastic neural networks*, ICLR 2016, §3.
     """
@@ -45,7 +45,7 @@ class MuProp(Estimator):
     def draw(self, site: Site) -> Slots:
         """The draw, and the mean."""
         view = _view(self, site)
-        mean = view.value(view.log_probs.detach().exp()).requires_grad_()
+        mean = view.value(view.probs).clone().requires_grad_()
         return draw_and_relaxed(site.fn.sample(), mean, mean, site)
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
@@ -53,10 +53,10 @@ class MuProp(Estimator):
             return torch.zeros_like(cost), 0.0
         assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
         view, at_mean = _view(self, site), site.attached_cost()[1]
-        probs, hard = view.log_probs.detach().exp(), view.one_hot(site.slots.values[0])
-        slope = view.as_cotangent(derivative(at_mean, site.slots.memo))
-        linear = at_mean.detach() + view.sum_elements(slope * (hard - probs))
-        return in_first_slot(view.surrogate(view.spread(cost[0] - linear) * hard + probs * slope), cost), 0.0
+        hard, slope = view.one_hot(site.slots.values[0]), view.as_cotangent(derivative(at_mean, site.slots.memo))
+        linear = at_mean.detach() + view.sum_elements(slope * (hard - view.probs))
+        gradient = view.gradient(view.spread(cost[0] - linear) * hard + view.probs * slope)
+        return in_first_slot(view.surrogate(gradient), cost), 0.0
 
 
 class DoubleControlVariate(Estimator):
@@ -103,13 +103,13 @@ class DoubleControlVariate(Estimator):
             return torch.zeros_like(cost), 0.0
         assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
         view, values = _view(self, site), site.slots.memo
-        probs, hard, scale = view.log_probs.detach().exp(), view.one_hot(values.detach()), self.scale.to(cost)
+        hard, scale = view.one_hot(values.detach()), self.scale.to(cost)
         slope = view.as_cotangent(derivative(site.attached_cost(), values))
         others = (slope.sum(0) - slope) / (self.n - 1)
-        corrected = cost.reshape(self.n, *site.fn.batch_shape) + scale * view.sum_elements(others * (hard - probs))
+        corrected = cost.reshape(self.n, *site.fn.batch_shape) + scale * view.sum_elements(others * (hard - view.probs))
         signal = (corrected - corrected.mean(0)) / (self.n - 1)
-        weights = (view.spread(signal) * hard).sum(0) - scale * probs * slope.mean(0)
-        return in_first_slot(view.surrogate(weights), cost), norm_loss(view, weights, self)
+        gradient = view.gradient((view.spread(signal) * hard).sum(0) - scale * view.probs * slope.mean(0))
+        return in_first_slot(view.surrogate(gradient), cost), norm_loss(view, gradient, self)
 
 
 def _view(estimator: Estimator, site: Site) -> OneHotView:

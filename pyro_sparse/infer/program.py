@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.distributions.util import is_identically_zero, scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Bernoulli, kl_divergence
 
+from pyro_sparse.distributions.kl import kl_bits
 from pyro_sparse.estimators import Estimator, Site
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, Term, subsampling_scale, sum_to
 from pyro_sparse.infer.dependencies import Dependencies
@@ -298,11 +299,23 @@ def _analytic_kls(model_trace: Any, guide_trace: Any, names: Collection[str]) ->
             continue
         guide_node, model_node = guide_trace.nodes[name], model_trace.nodes[name]
         try:
-            kl = kl_divergence(guide_node["fn"], model_node["fn"])
+            kl = _kl_divergence(guide_node["fn"], model_node["fn"])
         except NotImplementedError:
             continue  # as TraceMeanField_ELBO: this site's KL is sampled
         kls[name] = scale_and_mask(kl, scale=guide_node["scale"], mask=guide_node["mask"])
     return kls
+
+
+def _kl_divergence(p: Any, q: Any) -> Tensor:
+    """torch's, but for bits, which it makes infinite where a probability is rounded to one."""
+    dims = getattr(p, "reinterpreted_batch_ndims", 0)
+    if dims and getattr(q, "reinterpreted_batch_ndims", 0) == dims:
+        p_bits, q_bits = p.base_dist, q.base_dist
+    else:
+        p_bits, q_bits, dims = p, q, 0
+    if isinstance(p_bits, Bernoulli) and isinstance(q_bits, Bernoulli):
+        return sum_rightmost(kl_bits(p_bits, q_bits), dims)
+    return kl_divergence(p, q)
 
 
 def _refuse_vectorized(node: Any) -> None:
