@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pyro_sparse.distributions.kl
-import pyro_sparse.distributions.kl_mixed  # noqa: F401  (both register KL divergences)
+import pyro_sparse.distributions.kl_faces
+import pyro_sparse.distributions.kl_mixed  # noqa: F401  (all three register KL divergences)
 from pyro_sparse.distributions.constraints import mixed_unit_interval
+from pyro_sparse.distributions.faces import FaceDistribution
+from pyro_sparse.distributions.gibbs_faces import GibbsFaces
 from pyro_sparse.distributions.hard_concrete import HardConcrete
 from pyro_sparse.distributions.hard_kumaraswamy import HardKumaraswamy
+from pyro_sparse.distributions.max_entropy_faces import MaxEntropyFaces
 from pyro_sparse.distributions.mixed import MixedDistribution
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.rectified_normal import RectifiedNormal
@@ -33,6 +37,10 @@ __all__ = [
     "ZeroOneInflated",
     "MixedDistribution",
     "mixed_unit_interval",
+    # faces of the simplex
+    "GibbsFaces",
+    "MaxEntropyFaces",
+    "FaceDistribution",
     # straight-through: discrete forward, a smooth Jacobian backward
     "GumbelSoftmaxST",
     "OneHotCategoricalST",

@@ -40,6 +40,19 @@ class MixedConstraint(constraints.Constraint):
         return f"mixed({self.domain}, atoms={self.atoms})"
 
 
+class _Face(constraints.Constraint):
+    """Vectors of zeros and ones that are not all zero: the vertices of a face of the simplex."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value == 0) | (value == 1)).all(-1) & (value > 0).any(-1)
+
+
+#: non-empty sets of vertices, as bits
+face = _Face()
+
 #: [0, 1] with atoms at both ends
 mixed_unit_interval = MixedConstraint(constraints.unit_interval, (0.0, 1.0))
 

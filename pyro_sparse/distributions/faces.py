@@ -1,0 +1,83 @@
+r"""
+Distributions over the non-empty faces of the simplex, as vectors of K bits: which coordinates of a composition are not
+zero. What the families share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyro_sparse.distributions.constraints import face
+
+MAX_ENUMERABLE = 12  # vertices: 4095 faces
+
+
+class FaceDistribution(TorchDistribution):
+    """
+    What the families share. One has ``num_classes`` vertices, :meth:`log_prob`, :meth:`sample`, :meth:`entropy`,
+    :attr:`marginals`, :attr:`mode` and :attr:`size_log_probs`.
+    """
+
+    support = face
+    num_classes: int
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether there are few enough faces: at most 12 vertices."""
+        return self.num_classes <= MAX_ENUMERABLE
+
+    @property
+    def marginals(self) -> Tensor:
+        """The probability that each vertex is in the face, ``(*batch, K)``."""
+        raise NotImplementedError
+
+    @property
+    def size_log_probs(self) -> Tensor:
+        r""":math:`\log P(|F| = n)` for n = 1, ..., K, ``(*batch, K)``."""
+        raise NotImplementedError
+
+    @property
+    def mean(self) -> Tensor:
+        """The marginals."""
+        return self.marginals
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each bit."""
+        return self.marginals * (1 - self.marginals)
+
+    @property
+    def expected_size(self) -> Tensor:
+        """The expected number of vertices, ``batch_shape``."""
+        return self.marginals.sum(-1)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        r"""All :math:`2^K - 1` faces, ``(2**K - 1, *batch, K)``; size one for the batch if not ``expand``."""
+        K = self.num_classes
+        if not self.has_enumerate_support:
+            raise NotImplementedError(
+                f"{type(self).__name__}.enumerate_support: expected at most {MAX_ENUMERABLE} vertices, got {K}, of "
+                f"which there are {2**K - 1} faces. Use an estimator that draws, such as LeaveOneOut."
+            )
+        numbers = torch.arange(1, 2**K, device=self._like.device)
+        faces = (numbers.unsqueeze(-1) >> torch.arange(K, device=self._like.device) & 1).to(self._like.dtype)
+        faces = faces.reshape(-1, *(1,) * len(self.batch_shape), K)
+        return faces.expand(-1, *self.batch_shape, K) if expand else faces
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and device of values."""
+        raise NotImplementedError
+
+
+def num_vertices(owner: str, shape: Sequence[int]) -> int:
+    if not shape or shape[-1] < 2:
+        raise ValueError(
+            f"{owner}: expected at least two vertices in the last dim, got shape {tuple(shape)}. Add one: a simplex of "
+            "one vertex is a point."
+        )
+    return shape[-1]
