@@ -84,30 +84,25 @@ def draw_with_stand_in(
     """
     if isinstance(temperature, Tensor):
         temperature = temperature.unsqueeze(-1)
-    perturbed = logits + gumbel_like(logits.detach())
-    hard = one_hot_at_max(perturbed.detach())
+    noise = gumbel_like(logits.detach())
+    hard = one_hot_at_max(logits.detach() + noise)
+    if jacobian == "softmax":
+        return hard, logits.softmax(-1)
     if jacobian == "gumbel-softmax":
-        return hard, (perturbed / temperature).softmax(-1)
-    finite = logits.clamp(min=torch.finfo(logits.dtype).min)  # where p is zero, so is its row and column of J
+        return hard, ((logits + noise) / temperature).softmax(-1)
+    logits = logits.clamp(min=torch.finfo(logits.dtype).min)
     if jacobian == "identity":
-        return hard, finite
-    if jacobian == "gumbel-rao":
-        with torch.no_grad():
-            log_probs = logits.log_softmax(-1).expand(num_draws, *logits.shape)
-            others = conditional_gumbels(log_probs, hard)
-        # The noise is held fixed: the derivative is that by the logits to which it is added.
-        return hard, ((others + (finite - finite.detach())) / temperature).softmax(-1).mean(0)
-    probs = logits.detach().softmax(-1)
-    soft = _times_jacobian(probs, finite)
+        return hard, logits
+    # What is held fixed moves the point at which the softmax is differentiated.
+    moved = logits - logits.detach()
+    with torch.no_grad():
+        if jacobian == "reinmax":
+            points = (((logits / temperature).softmax(-1) + hard) / 2).log()
+        else:
+            points = conditional_gumbels(logits.log_softmax(-1).expand(num_draws, *logits.shape), hard)
     if jacobian == "reinmax":
-        middle = ((logits.detach() / temperature).softmax(-1) + hard) / 2
-        soft = 2 * _times_jacobian(middle.detach(), finite) - soft / 2
-    return hard, soft
-
-
-def _times_jacobian(probs: Tensor, x: Tensor) -> Tensor:
-    r""":math:`(\mathrm{diag}(p) - p p^\top)\,x`."""
-    return probs * (x - (probs * x).sum(-1, keepdim=True))
+        return hard, 2 * (points + moved).softmax(-1) - logits.softmax(-1) / 2
+    return hard, ((points + moved) / temperature).softmax(-1).mean(0)
 
 
 def linear_log_prob(logits: Tensor, value: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ TOO_MANY = {
 }
 
 
-@pytest.mark.parametrize("name", UNBIASED)
+# The slow suite has this one, too: two runs for each gradient.
+@pytest.mark.parametrize("name", [name for name in UNBIASED if name != "leave-one-out, one by one"])
 def test_unbiased(name: str) -> None:
     make, refused = UNBIASED[name]
     served = [m for m in SMALL if MODELS[m].kind not in refused and m not in TOO_MANY.get(name, ())]
@@ -144,9 +145,11 @@ def test_sets_of_every_size_are_unbiased(k: int) -> None:
     check_estimator(UnorderedSet(k), models=[EstimatorModel("five outcomes", *sides)])
 
 
-def test_bits_of_a_vector() -> None:
-    for estimator in (LocalExpectation(), MuProp(), DoubleControlVariate(2)):
-        check_estimator(estimator, models=[replace(MODELS["vector, plate"], kind="")])
+@pytest.mark.parametrize(
+    "make", [LocalExpectation, MuProp, pytest.param(lambda: DoubleControlVariate(2), marks=pytest.mark.slow)]
+)
+def test_bits_of_a_vector(make: Callable[[], Estimator]) -> None:
+    check_estimator(make(), models=[replace(MODELS["vector, plate"], kind="")])
 
 
 @pytest.mark.parametrize(("n", "names"), [(3, ["one site", "subsampled plate"]), (4, ["one site"])])
