@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 import pyro_sparse.distributions as sdist
 from pyro_sparse.diagnostics import GradientReport, gradient_report
 from pyro_sparse.diagnostics.gradient_moments import Bias, Moments, bias_along, direction
-from pyro_sparse.estimators import VIMCO, LeaveOneOut, MovingAverage, NeuralBaseline, SelfCritic
+from pyro_sparse.estimators import (
+    VIMCO,
+    Exact,
+    LeaveOneOut,
+    MovingAverage,
+    NeuralBaseline,
+    SelfCritic,
+    StraightThrough,
+)
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
 
 B, K = 12, 3
@@ -573,3 +582,52 @@ class NotFinite(Trace_ELBO):
         for parameter in pyro.get_param_store()._params.values():
             parameter.grad = torch.full_like(parameter, float("nan"))
         return loss
+
+
+# Straight-through
+
+
+def one_hot_model(x: Tensor) -> None:
+    w = pyro.param("w", torch.arange(float(K)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", sdist.OneHotCategoricalST(torch.ones(K)))
+        pyro.sample("x", dist.Normal((z @ w) ** 3 / 3, 1.0), obs=x)
+
+
+def one_hot_guide(x: Tensor, make: Any = sdist.GumbelSoftmaxST) -> None:
+    logits = pyro.param("logits", torch.tensor([0.5, 0.0, -0.5]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", make(logits=logits))
+
+
+def test_straight_through_is_never_the_reference() -> None:
+    """Neither as an estimator nor as a family; both are measured against enumeration, and called biased."""
+    plain = functools.partial(one_hot_guide, make=dist.OneHotCategorical)
+    smooth = functools.partial(one_hot_guide, make=functools.partial(sdist.GumbelSoftmaxST, 0.5))
+    elbos = {"straight": EstimatorELBO(StraightThrough()), "exact": EstimatorELBO(Exact())}
+    first = report(model=one_hot_model, guide=plain, estimators=elbos, num_samples=200)
+    second = report(model=one_hot_model, guide=smooth, num_samples=200)
+    assert first.reference == second.reference == "exact enumeration"
+    assert first.gradient_norm == pytest.approx(second.gradient_norm, rel=1e-9)
+    assert first.estimators["straight"].unbiased is False and first.recommended == "exact"
+    assert second.estimators["score"].unbiased is False and second.recommended is None
+
+
+def test_without_enumeration_straight_through_is_not_trusted() -> None:
+    """Thirteen bits have more outcomes than are enumerated."""
+
+    def bits(side: str, make: Any) -> None:
+        logits = torch.zeros(13) if side == "model" else pyro.param("logits", torch.linspace(-1.0, 1.0, 13))
+        b = pyro.sample("b", make(logits=logits).to_event(1))
+        if side == "model":
+            pyro.sample("x", dist.Normal(b.sum(), 1.0), obs=torch.tensor(3.0))
+
+    def found(make: Any, **estimators: Any) -> GradientReport:
+        model, guide = functools.partial(bits, "model", dist.Bernoulli), functools.partial(bits, "guide", make)
+        return report(model=model, guide=guide, args=(), estimators=estimators, num_samples=8)
+
+    straight, score = EstimatorELBO(StraightThrough()), Trace_ELBO(max_plate_nesting=0)
+    plain = found(dist.Bernoulli, straight=straight, score=score)
+    assert plain.reference.startswith("the mean of 'score', which is unbiased by construction")
+    assert found(dist.Bernoulli, straight=straight).reference.startswith("none, and so no bias")
+    assert found(sdist.BernoulliST, score=score).reference.startswith("none, and so no bias")
