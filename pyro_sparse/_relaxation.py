@@ -8,14 +8,14 @@ variable with logit :math:`\ell` is the first of two outcomes with logits :math:
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
 Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
-JACOBIANS = ("identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao")
+JACOBIANS: tuple[Jacobian, ...] = get_args(Jacobian)
 
 
 def exact_logits(d: Any) -> Tensor:
@@ -66,6 +66,14 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
+def check_stand_in(owner: str, jacobian: Jacobian, num_draws: int) -> None:
+    """Raises unless these are options of :func:`draw_with_stand_in`."""
+    if jacobian not in JACOBIANS:
+        raise ValueError(f"{owner}: expected a jacobian in {JACOBIANS}, got {jacobian!r}. Use one of them.")
+    if not isinstance(num_draws, int) or num_draws < 1:
+        raise ValueError(f"{owner}: expected num_draws of at least 1, got {num_draws!r}. Use, say, 10.")
+
+
 def draw_with_stand_in(
     logits: Tensor, jacobian: Jacobian, temperature: float | Tensor, num_draws: int
 ) -> tuple[Tensor, Tensor]:
@@ -94,15 +102,13 @@ def draw_with_stand_in(
     if jacobian == "identity":
         return hard, logits
     # What is held fixed moves the point at which the softmax is differentiated.
-    moved = logits - logits.detach()
-    with torch.no_grad():
-        if jacobian == "reinmax":
-            points = (((logits / temperature).softmax(-1) + hard) / 2).log()
-        else:
-            points = conditional_gumbels(logits.log_softmax(-1).expand(num_draws, *logits.shape), hard)
+    fixed, moved = logits.detach(), logits - logits.detach()
     if jacobian == "reinmax":
-        return hard, 2 * (points + moved).softmax(-1) - logits.softmax(-1) / 2
-    return hard, ((points + moved) / temperature).softmax(-1).mean(0)
+        with torch.no_grad():  # a temperature may be trained
+            middle = (((fixed / temperature).softmax(-1) + hard) / 2).log()
+        return hard, 2 * (middle + moved).softmax(-1) - logits.softmax(-1) / 2
+    others = conditional_gumbels(fixed.log_softmax(-1).expand(num_draws, *fixed.shape), hard)
+    return hard, ((others + moved) / temperature).softmax(-1).mean(0)
 
 
 def linear_log_prob(logits: Tensor, value: Tensor) -> Tensor:

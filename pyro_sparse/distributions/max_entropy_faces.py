@@ -73,15 +73,18 @@ class MaxEntropyFaces(FaceDistribution):
         return self._weights - (self._weights + self._log_counts).logsumexp(-1, keepdim=True)
 
     @property
+    def _sizes(self) -> Tensor:
+        return torch.arange(1, self.num_classes + 1, dtype=self.bits.dtype, device=self.bits.device)
+
+    @property
     def _weights(self) -> Tensor:
-        n = torch.arange(1, self.num_classes + 1, dtype=self.bits.dtype, device=self.bits.device)
+        n = self._sizes
         return (n - 1) * math.log(2) * self.bits.unsqueeze(-1) - torch.lgamma(n)
 
     @property
     def _log_counts(self) -> Tensor:
         """How many faces there are of each size."""
-        K = self.num_classes
-        n = torch.arange(1, K + 1, dtype=self.bits.dtype, device=self.bits.device)
+        K, n = self.num_classes, self._sizes
         return math.lgamma(K + 1) - torch.lgamma(n + 1) - torch.lgamma(K - n + 1)
 
     @property
@@ -107,7 +110,7 @@ class MaxEntropyFaces(FaceDistribution):
     @property
     def marginals(self) -> Tensor:
         """The same for all vertices, ``(*batch, K)``."""
-        n = torch.arange(1, self.num_classes + 1, dtype=self.bits.dtype, device=self.bits.device)
+        n = self._sizes
         size = (self.size_log_probs.exp() * n).sum(-1, keepdim=True)
         return (size / self.num_classes).expand(*self.batch_shape, self.num_classes)
 

@@ -17,7 +17,7 @@ the KL divergence has **no gradient** under ``Trace_ELBO``. Take it in closed fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -25,26 +25,55 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 from torch.distributions import Independent
 
-from pyro_sparse._relaxation import JACOBIANS, Jacobian, draw_with_stand_in, exact_logits, straight_through
+from pyro_sparse._relaxation import Jacobian, check_stand_in, draw_with_stand_in, exact_logits, straight_through
 from pyro_sparse._relaxation import linear_log_prob as _linear
 from pyro_sparse.distributions.mixed import checked
 
 
-class _StraightThrough(dist.TorchDistribution):
-    """What the families share: how they draw, expand and check."""
+class _StraightThrough:
+    """What the families share: all but their values, of which they say how to read them off a one-hot vector."""
 
     has_rsample = True
-    _options: ClassVar[tuple[str, ...]] = ("jacobian", "temperature", "num_draws")
 
-    def _init_options(self, jacobian: Jacobian, temperature: float | Tensor, num_draws: int) -> None:
-        name = type(self).__name__
-        if jacobian not in JACOBIANS:
-            raise ValueError(f"{name}: expected a jacobian in {JACOBIANS}, got {jacobian!r}. Use one of them.")
-        if not isinstance(num_draws, int) or num_draws < 1:
-            raise ValueError(f"{name}: expected num_draws of at least 1, got {num_draws!r}. Use, say, 10.")
+    def __init__(
+        self,
+        probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        *,
+        jacobian: Jacobian = "softmax",
+        temperature: float | Tensor = 1.0,
+        num_draws: int = 10,
+        validate_args: bool | None = None,
+    ) -> None:
+        check_stand_in(type(self).__name__, jacobian, num_draws)
         self.jacobian, self.temperature, self.num_draws = jacobian, temperature, num_draws
+        super().__init__(probs, logits, validate_args=validate_args)  # type: ignore[call-arg]
+        self._check_temperature()
 
-    def _check_temperature(self) -> None:
+    def expand(self: Any, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+        """A view with a larger batch shape."""
+        new = super().expand(batch_shape, self._get_checked_instance(_StraightThrough, _instance))  # type: ignore[misc]
+        temperature = self.temperature
+        new.temperature = temperature.expand(batch_shape) if isinstance(temperature, Tensor) else temperature
+        new.jacobian, new.num_draws = self.jacobian, self.num_draws
+        return new
+
+    def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """What :meth:`rsample` gives, without its gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """Draws, exactly discrete, with the gradient of their stand-ins."""
+        logits = exact_logits(self)
+        logits = logits.expand(*sample_shape, *logits.shape)
+        drawn = draw_with_stand_in(logits, self.jacobian, self.temperature, self.num_draws)
+        return straight_through(*map(self._value, drawn))
+
+    def _value(self, one_hot: Tensor) -> Tensor:
+        return one_hot
+
+    def _check_temperature(self: Any) -> None:
         if self._validate_args:
             ok = self.temperature > 0 if isinstance(self.temperature, Tensor) else bool(self.temperature > 0)
             name = type(self).__name__
@@ -57,7 +86,7 @@ class _StraightThrough(dist.TorchDistribution):
                     f"{tuple(self.batch_shape)}, got {tuple(shape)}. Use one number, or one for each batch element."
                 )
 
-    def score_parts(self, value: Tensor) -> ScoreParts:
+    def score_parts(self: Any, value: Tensor) -> ScoreParts:
         """
         Those of a reparameterised site; where the value has no derivative, because it was enumerated, those of a plain
         one: ``TraceEnum_ELBO`` weights an outcome by its score.
@@ -67,27 +96,20 @@ class _StraightThrough(dist.TorchDistribution):
             return ScoreParts(log_prob, log_prob, 0)  # type: ignore[arg-type]
         return ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]
 
-    def _draw(self, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A one-hot draw and its stand-in, ``(*sample, *batch, K)``."""
-        logits = exact_logits(self)
-        logits = logits.expand(*sample_shape, *logits.shape)
-        return draw_with_stand_in(logits, self.jacobian, self.temperature, self.num_draws)
 
-    def _expanded(self, new: Any, batch_shape: Sequence[int]) -> Any:
-        temperature = self.temperature
-        new.temperature = temperature.expand(batch_shape) if isinstance(temperature, Tensor) else temperature
-        new.jacobian, new.num_draws = self.jacobian, self.num_draws
-        return new
+def unwrapped(d: Any) -> Any:
+    """What is left of a distribution without ``to_event`` and ``mask``."""
+    while isinstance(d, (Independent, dist.MaskedDistribution)):
+        d = d.base_dist
+    return d
 
 
 def is_straight_through(d: Any) -> bool:
     """Whether a distribution, or what it wraps, is of this file."""
-    while isinstance(d, (Independent, dist.MaskedDistribution)):
-        d = d.base_dist
-    return isinstance(d, _StraightThrough)
+    return isinstance(unwrapped(d), _StraightThrough)
 
 
-class OneHotCategoricalST(dist.OneHotCategorical, _StraightThrough):
+class OneHotCategoricalST(_StraightThrough, dist.OneHotCategorical):
     r"""
     .. math:: h \sim \mathrm{OneHotCategorical}(p), \qquad p = \mathrm{softmax}(\theta),
 
@@ -137,33 +159,6 @@ class OneHotCategoricalST(dist.OneHotCategorical, _StraightThrough):
     and beyond*, NeurIPS 2023; M. Paulus, C. Maddison and A. Krause, *Rao-Blackwellizing the straight-through
     Gumbel-softmax gradient estimator*, ICLR 2021.
     """
-
-    def __init__(
-        self,
-        probs: Tensor | None = None,
-        logits: Tensor | None = None,
-        *,
-        jacobian: Jacobian = "softmax",
-        temperature: float | Tensor = 1.0,
-        num_draws: int = 10,
-        validate_args: bool | None = None,
-    ) -> None:
-        self._init_options(jacobian, temperature, num_draws)
-        super().__init__(probs, logits, validate_args=validate_args)
-        self._check_temperature()
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
-        """A view with a larger batch shape."""
-        new = super().expand(batch_shape, self._get_checked_instance(OneHotCategoricalST, _instance))
-        return self._expanded(new, batch_shape)
-
-    def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(sample_shape)[0]
-
-    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        """Unit vectors, exactly, with the gradient of their stand-ins."""
-        return straight_through(*self._draw(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         r""":math:`\sum_k z_k \log p_k`, which has a gradient by the value."""
@@ -226,7 +221,7 @@ class GumbelSoftmaxST(OneHotCategoricalST):
         return super().expand(batch_shape, self._get_checked_instance(GumbelSoftmaxST, _instance))
 
 
-class BernoulliST(dist.Bernoulli, _StraightThrough):
+class BernoulliST(_StraightThrough, dist.Bernoulli):
     r"""
     .. math:: h \sim \mathrm{Bernoulli}(p), \qquad p = \sigma(\ell),
 
@@ -262,29 +257,5 @@ class BernoulliST(dist.Bernoulli, _StraightThrough):
     neurons for conditional computation*, 2013, §4; and those of :class:`OneHotCategoricalST`.
     """
 
-    def __init__(
-        self,
-        probs: Tensor | None = None,
-        logits: Tensor | None = None,
-        *,
-        jacobian: Jacobian = "softmax",
-        temperature: float | Tensor = 1.0,
-        num_draws: int = 10,
-        validate_args: bool | None = None,
-    ) -> None:
-        self._init_options(jacobian, temperature, num_draws)
-        super().__init__(probs, logits, validate_args=validate_args)  # type: ignore[arg-type]
-        self._check_temperature()
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
-        """A view with a larger batch shape."""
-        new = super().expand(batch_shape, self._get_checked_instance(BernoulliST, _instance))
-        return self._expanded(new, batch_shape)
-
-    def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(sample_shape)[0][..., 0]
-
-    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        """Zeros and ones, exactly, with the gradient of their stand-ins."""
-        return straight_through(*(part[..., 0] for part in self._draw(sample_shape)))
+    def _value(self, one_hot: Tensor) -> Tensor:
+        return one_hot[..., 0]

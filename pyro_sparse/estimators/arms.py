@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent
+from torch.distributions import Bernoulli
 
-from pyro_sparse.estimators.base import Estimator, Site, Slots
+from pyro_sparse.estimators.base import Estimator, Site, Slots, element
 from pyro_sparse.estimators.score_function import check_count
 
 
@@ -72,9 +72,7 @@ class ARMS(Estimator):
         return (cost - cost.mean(0)) / (self.n - 1) * log_prob, 0.0
 
     def _bits(self, site: Site) -> Bernoulli:
-        fn: Distribution = site.fn
-        while isinstance(fn, Independent):
-            fn = fn.base_dist
+        fn = element(site.fn)
         if not isinstance(fn, Bernoulli):
             raise ValueError(
                 f"{type(self).__name__}, site '{site.name}': expected Bernoulli, alone or under to_event, got "

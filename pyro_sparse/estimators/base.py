@@ -158,6 +158,13 @@ class Estimator(nn.Module):
         """Moves running means by this step's cost, after the old ones were used. The default has none."""
 
 
+def element(fn: Distribution) -> Any:
+    """The distribution of one element of a vector under ``to_event``; of any other, itself."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
+
+
 def lists_outcomes(fn: Distribution) -> bool:
     """Whether ``fn.enumerate_support`` works: torch does not list the outcomes of vectors under ``to_event``."""
     return bool(getattr(fn, "has_enumerate_support", False)) and not isinstance(fn, Independent)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent
 
-from pyro_sparse.estimators.base import Estimator, Site, Slots, lists_outcomes
+from pyro_sparse.estimators.base import Estimator, Site, Slots, element, lists_outcomes
 
 
 class LocalExpectation(Estimator):
@@ -56,9 +55,7 @@ class LocalExpectation(Estimator):
         return (cost - cost[0]) * own, 0.0
 
     def _base(self, site: Site) -> Any:
-        base = site.fn
-        while isinstance(base, Independent):
-            base = base.base_dist
+        base = element(site.fn)
         if not lists_outcomes(base) or len(base.event_shape) > 1:
             raise ValueError(
                 f"LocalExpectation, site '{site.name}': expected a finite support, of one variable or of a vector "

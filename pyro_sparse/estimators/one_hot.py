@@ -1,17 +1,16 @@
-"""The variables of a site as one-hot vectors, whatever form their values have, and estimates that weight them."""
+"""The variables of a site as one-hot vectors, whatever form their values have."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, OneHotCategorical
+from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits
-from pyro_sparse.estimators.base import Estimator, Site, Slots
+from pyro_sparse.estimators.base import Site, element
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,7 @@ def one_hot_view(estimator: str, site: Site, indices: bool, fix: str) -> OneHotV
     Raises:
         ValueError: naming the site, for any other distribution.
     """
-    base: Distribution = site.fn
-    while isinstance(base, Independent):
-        base = base.base_dist
+    base: Distribution = element(site.fn)
     if not isinstance(base, (Bernoulli, OneHotCategorical, *([Categorical] if indices else []))):
         kinds = "Bernoulli, OneHotCategorical" + (" or Categorical" if indices else "")
         raise ValueError(
@@ -93,36 +90,3 @@ def one_hot_view(estimator: str, site: Site, indices: bool, fix: str) -> OneHotV
         )
     logits = exact_logits(base)
     return OneHotView(logits, logits.dim() - 1 - len(site.fn.batch_shape), base)
-
-
-def draw_and_relaxed(hard: Tensor, soft: Tensor, memo: Tensor, site: Site) -> Slots:
-    """Two slots: a draw, of weight one, and what lies between the outcomes, of weight zero."""
-    batch = site.fn.batch_shape
-    log_weights = hard.new_tensor([0.0, -math.inf]).reshape(2, *(1,) * len(batch)).expand(2, *batch)
-    return Slots(torch.stack([hard, soft]), log_weights, memo=memo)
-
-
-def in_first_slot(surrogate: Tensor, cost: Tensor) -> Tensor:
-    """In the shape of the cost: the surrogate, and zeros in all slots but one."""
-    return torch.cat([surrogate.reshape(cost[:1].shape), torch.zeros_like(cost[1:])])
-
-
-def derivative(cost: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
-    """That of each element's cost; the graph stays, which the model's own gradient shares."""
-    (slope,) = torch.autograd.grad(
-        cost.sum(), at, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return slope
-
-
-def norm_loss(view: OneHotView, gradient: Tensor, estimator: Estimator) -> Tensor | float:
-    r"""
-    A loss whose gradient is that of :math:`\lVert g \rVert^2` by what the estimator learns, and by nothing else. As g,
-    the gradient by the logits, is unbiased, the mean of that is the gradient of its variance.
-    """
-    learnt = [parameter for parameter in estimator.parameters() if parameter.requires_grad]
-    if not learnt:
-        return 0.0
-    norm = view.sum_elements(gradient.square()).mean()
-    gradients = torch.autograd.grad(norm, learnt, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return sum((p * g).sum() for p, g in zip(learnt, gradients, strict=True))

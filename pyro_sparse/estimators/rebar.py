@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,8 @@ from torch.utils._pytree import tree_map
 from pyro_sparse._relaxation import conditional_gumbels, gumbel_like, one_hot_at_max
 from pyro_sparse.estimators.base import Estimator, Site, Slots
 from pyro_sparse.estimators.baselines import network_input
-from pyro_sparse.estimators.one_hot import (
-    OneHotView,
-    derivative,
-    draw_and_relaxed,
-    in_first_slot,
-    norm_loss,
-    one_hot_view,
-)
+from pyro_sparse.estimators.one_hot import OneHotView, one_hot_view
+from pyro_sparse.estimators.smooth import SmoothEstimator, derivative, draw_and_relaxed
 
 
 class _ControlVariate(Estimator):
@@ -58,7 +52,7 @@ class _ControlVariate(Estimator):
         return view.gradient(view.spread(f - c) * hard + ratios * slope)
 
 
-class REBAR(_ControlVariate):
+class REBAR(_ControlVariate, SmoothEstimator):
     r"""
     .. math:: \nabla E_q f \approx \bigl(f(h) - \eta\,f(u)\bigr)\,\nabla \log p_h
         + \eta \sum_k e^{z_k - z_h}\,\frac{\partial f(u)}{\partial z_k}\,\nabla \log p_k,
@@ -82,30 +76,19 @@ class REBAR(_ControlVariate):
     NeurIPS 2017, §3.1.
     """
 
-    draws_slots = True
-    relaxes: ClassVar[bool] = True
-
     def __init__(self, temperature: float = 0.5, scale: float = 1.0) -> None:
         super().__init__(temperature)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def draw(self, site: Site) -> Slots:
         """The draw, and the relaxed one from the same noise."""
-        view = self._view(site)
+        view = self.view(site)
         z = (view.log_probs + gumbel_like(view.log_probs)).requires_grad_()
         return draw_and_relaxed(view.value(one_hot_at_max(z.detach())), view.value(self.relax(z)), z, site)
 
-    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        if not torch.is_grad_enabled():
-            return torch.zeros_like(cost), 0.0
-        assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
-        z, c = site.slots.memo, site.attached_cost()[1]
-        view = self._view(site)
-        gradient = self._gradient(cost[0], self.scale.to(c) * c, z, one_hot_at_max(z.detach()), view)
-        return in_first_slot(view.surrogate(gradient), cost), norm_loss(view, gradient, self)
-
-    def _view(self, site: Site) -> OneHotView:
-        return one_hot_view("REBAR", site, indices=False, fix="Use OneHotCategorical, or RELAX or LeaveOneOut.")
+    def gradient(self, view: OneHotView, cost: Tensor, attached: Tensor, site: Site, memo: Tensor) -> Tensor:
+        c = self.scale.to(attached) * attached[1]
+        return self._gradient(cost[0], c, memo, one_hot_at_max(memo.detach()), view)
 
 
 class RELAX(_ControlVariate):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyro_sparse._relaxation import JACOBIANS, Jacobian, draw_with_stand_in, straight_through
+from pyro_sparse._relaxation import Jacobian, check_stand_in, draw_with_stand_in, straight_through
 from pyro_sparse.estimators.base import Estimator, Site
 from pyro_sparse.estimators.one_hot import one_hot_view
 
@@ -43,10 +43,7 @@ class StraightThrough(Estimator):
 
     def __init__(self, jacobian: Jacobian = "softmax", temperature: float | Tensor = 1.0, num_draws: int = 10) -> None:
         super().__init__()
-        if jacobian not in JACOBIANS:
-            raise ValueError(f"StraightThrough: expected a jacobian in {JACOBIANS}, got {jacobian!r}. Use one of them.")
-        if not isinstance(num_draws, int) or num_draws < 1:
-            raise ValueError(f"StraightThrough: expected num_draws of at least 1, got {num_draws!r}. Use, say, 10.")
+        check_stand_in("StraightThrough", jacobian, num_draws)
         self.jacobian = jacobian
         self.temperature = temperature
         self.num_draws = num_draws

@@ -8,24 +8,17 @@ A linear function :math:`d^\top (h - \mu)` of a one-hot draw h with mean :math:`
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse.estimators.base import Estimator, Site, Slots
-from pyro_sparse.estimators.one_hot import (
-    OneHotView,
-    derivative,
-    draw_and_relaxed,
-    in_first_slot,
-    norm_loss,
-    one_hot_view,
-)
+from pyro_sparse.estimators.base import Site, Slots
+from pyro_sparse.estimators.one_hot import OneHotView
 from pyro_sparse.estimators.score_function import check_count
+from pyro_sparse.estimators.smooth import SmoothEstimator, derivative, draw_and_relaxed
 
 
-class MuProp(Estimator):
+class MuProp(SmoothEstimator):
     r"""
     .. math:: \nabla E_q f \approx \bigl(f(h) - f(\mu) - f'(\mu)^\top (h - \mu)\bigr)\,\nabla \log q(h)
         + f'(\mu)^\top \nabla \mu, \qquad \mu = E_q h:
@@ -39,27 +32,20 @@ class MuProp(Estimator):
     Reference: S. Gu et al., *MuProp: unbiased backpropagation for stochastic neural networks*, ICLR 2016, §3.
     """
 
-    draws_slots = True
-    relaxes: ClassVar[bool] = True
-
     def draw(self, site: Site) -> Slots:
         """The draw, and the mean."""
-        view = _view(self, site)
+        view = self.view(site)
         mean = view.value(view.probs).clone().requires_grad_()
         return draw_and_relaxed(site.fn.sample(), mean, mean, site)
 
-    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        if not torch.is_grad_enabled():
-            return torch.zeros_like(cost), 0.0
-        assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
-        view, at_mean = _view(self, site), site.attached_cost()[1]
-        hard, slope = view.one_hot(site.slots.values[0]), view.as_cotangent(derivative(at_mean, site.slots.memo))
-        linear = at_mean.detach() + view.sum_elements(slope * (hard - view.probs))
-        gradient = view.gradient(view.spread(cost[0] - linear) * hard + view.probs * slope)
-        return in_first_slot(view.surrogate(gradient), cost), 0.0
+    def gradient(self, view: OneHotView, cost: Tensor, attached: Tensor, site: Site, memo: Tensor) -> Tensor:
+        assert site.slots is not None
+        hard, slope = view.one_hot(site.slots.values[0]), view.as_cotangent(derivative(attached[1], memo))
+        linear = attached[1].detach() + view.sum_elements(slope * (hard - view.probs))
+        return view.gradient(view.spread(cost[0] - linear) * hard + view.probs * slope)
 
 
-class DoubleControlVariate(Estimator):
+class DoubleControlVariate(SmoothEstimator):
     r"""
     Leave-one-out over n draws of its own site, of which the costs are corrected by the model's derivative at the other
     draws,
@@ -82,9 +68,6 @@ class DoubleControlVariate(Estimator):
     AISTATS 2022, §3.
     """
 
-    draws_slots = True
-    relaxes: ClassVar[bool] = True
-
     def __init__(self, n: int, scale: float = 0.0) -> None:
         super().__init__()
         check_count("DoubleControlVariate", n)
@@ -93,25 +76,15 @@ class DoubleControlVariate(Estimator):
 
     def draw(self, site: Site) -> Slots:
         """n independent draws."""
-        _view(self, site)
+        self.view(site)
         values = site.fn.sample((self.n,)).requires_grad_()
         log_weights = values.detach().new_full((), -math.log(self.n)).expand(self.n, *site.fn.batch_shape)
         return Slots(values, log_weights, memo=values)
 
-    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        if not torch.is_grad_enabled():
-            return torch.zeros_like(cost), 0.0
-        assert site.slots is not None and site.slots.memo is not None and site.attached_cost is not None
-        view, values = _view(self, site), site.slots.memo
-        hard, scale = view.one_hot(values.detach()), self.scale.to(cost)
-        slope = view.as_cotangent(derivative(site.attached_cost(), values))
+    def gradient(self, view: OneHotView, cost: Tensor, attached: Tensor, site: Site, memo: Tensor) -> Tensor:
+        hard, scale = view.one_hot(memo.detach()), self.scale.to(cost)
+        slope = view.as_cotangent(derivative(attached, memo))
         others = (slope.sum(0) - slope) / (self.n - 1)
         corrected = cost.reshape(self.n, *site.fn.batch_shape) + scale * view.sum_elements(others * (hard - view.probs))
         signal = (corrected - corrected.mean(0)) / (self.n - 1)
-        gradient = view.gradient((view.spread(signal) * hard).sum(0) - scale * view.probs * slope.mean(0))
-        return in_first_slot(view.surrogate(gradient), cost), norm_loss(view, gradient, self)
-
-
-def _view(estimator: Estimator, site: Site) -> OneHotView:
-    fix = "Use OneHotCategorical, or RELAX or LeaveOneOut."
-    return one_hot_view(type(estimator).__name__, site, indices=False, fix=fix)
+        return view.gradient((view.spread(signal) * hard).sum(0) - scale * view.probs * slope.mean(0))

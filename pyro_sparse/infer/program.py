@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class ScoreSite:
         The same, attached to its slots' values. What later sites draw depends on those too: their log-probabilities,
         times their own costs, bring the derivative of the expectation over them.
         """
-        cost = Costs(run.costs.terms, run.costs.slots, attached=True).at(self.frames, self.dims, self.site.name)
+        cost = run.attached_costs.at(self.frames, self.dims, self.site.name)
         for later in run.scores:
             if later is not self and self.own_dim in later.dims:
                 log_prob = later.site.log_prob
@@ -80,6 +81,11 @@ class Run:
     def elbo(self) -> Tensor:
         """The run's estimate of the ELBO, detached."""
         return self.costs.at(())
+
+    @cached_property
+    def attached_costs(self) -> Costs:
+        """The costs with their derivatives, made when a site first asks for them."""
+        return Costs(self.costs.terms, self.costs.slots, attached=True)
 
     def weighted(self, value: Tensor) -> Tensor:
         """Times the probability of the sequentially enumerated outcomes, detached."""

@@ -18,7 +18,7 @@ from torch.distributions import Bernoulli, Independent, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits, linear_log_prob
 from pyro_sparse.distributions import SparseOneHotCategorical
-from pyro_sparse.distributions.straight_through import is_straight_through
+from pyro_sparse.distributions.straight_through import is_straight_through, unwrapped
 from pyro_sparse.estimators import Estimator
 
 _TAKES_INDICES = re.compile(
@@ -40,10 +40,7 @@ class LinearLogProbs(Messenger):
 
 def with_linear_log_prob(fn: Any, site: str) -> Any:
     """A view of ``fn`` whose ``log_prob`` is linear in the value, and that of ``fn`` at its outcomes."""
-    base = fn
-    while isinstance(base, (Independent, MaskedDistribution)):
-        base = base.base_dist
-    if not isinstance(base, (Bernoulli, OneHotCategorical, SparseOneHotCategorical)):
+    if not isinstance(unwrapped(fn), (Bernoulli, OneHotCategorical, SparseOneHotCategorical)):
         raise ValueError(
             f"EstimatorELBO, site '{site}': expected Bernoulli or OneHotCategorical in the model, too, got {fn}, at a "
             "site whose estimator relaxes it. Use RELAX."
