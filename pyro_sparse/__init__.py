@@ -6,6 +6,8 @@ If Pyro has it at ``pyro.X``, ours is at ``pyro_sparse.X``. Import the room that
     from pyro_sparse.infer import SparseEnumELBO
     from pyro_sparse.projections import sparsemax
 
+One function stands at the top, as ``pyro.sample`` does: :func:`pyro_sparse.sample_mixed`.
+
 The rooms, from the bottom up (each imports only from those before it):
 
 * :mod:`pyro_sparse.projections` maps scores to sparse points of the simplex; needs torch only.
@@ -17,4 +19,21 @@ The rooms, from the bottom up (each imports only from those before it):
 :mod:`pyro_sparse.datasets` stands beside them: it loads what the tutorials and benchmarks use.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_sparse.distributions.sample_mixed import sample_mixed
+
+__all__ = ["sample_mixed"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that a room that needs torch only does not bring Pyro.
+    if name in __all__:
+        from pyro_sparse.distributions import sample_mixed as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module 'pyro_sparse' has no attribute '{name}'")

@@ -100,3 +100,27 @@ def panels(breaks: Tensor, count: int) -> tuple[Tensor, Tensor]:
     nodes, weights = (v.reshape(-1, *(1,) * (breaks.dim() - 1)) for v in gauss_legendre(count, breaks))
     widths = (breaks[1:] - breaks[:-1]).unsqueeze(1)
     return (breaks[:-1].unsqueeze(1) + widths * nodes).flatten(0, 1), (widths * weights).flatten(0, 1)
+
+
+def decaying_rule(span: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    r"""
+    Nodes and weights with :math:`\int_0^\infty f(t) \, dt / t \approx \sum_i w_i f(t_i)` for smooth f that vanishes at
+    zero and, like :math:`e^{-t}`, beyond about ``span``: the trapezoid rule in y, with :math:`t = \exp(y - e^{-y})`. It
+    converges exponentially, because the integrand then decays doubly exponentially on both sides.
+
+    Args:
+        span: where f is negligible, positive, ``(*batch,)``.
+        count: how many nodes.
+
+    Returns:
+        Both of shape ``(*batch, count)``, without gradient.
+
+    **Reference:** H. Takahasi and M. Mori, *Double exponential formulas for numerical integration*, 1974.
+    """
+    first = -3.5  # t is then the rounding of 1 in float64
+    steps = torch.linspace(0, 1, count, dtype=span.dtype, device=span.device)
+    with torch.no_grad():
+        width = (span.log() - first).unsqueeze(-1)
+        y = first + steps * width
+        below = (-y).exp()
+        return (y - below).exp(), (1 + below) * (width / (count - 1))

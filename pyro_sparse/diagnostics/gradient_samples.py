@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_sparse._autograd import graph_leaves
 from pyro_sparse.diagnostics.gradient_moments import Moments
-from pyro_sparse.distributions.mixed import MixedDistribution
+from pyro_sparse.distributions.mixed_base import MixedBase
 from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
 from pyro_sparse.distributions.straight_through import is_straight_through
 from pyro_sparse.estimators import Estimator
@@ -88,7 +88,7 @@ class Program:
 
 
 def _jumps(fn: Any) -> bool:
-    return isinstance(fn, (MixedDistribution, MaskedMixed, IndependentMixed)) and bool(fn.has_rsample)
+    return isinstance(fn, (MixedBase, MaskedMixed, IndependentMixed)) and bool(fn.has_rsample)
 
 
 def _leaves(trace: poutine.Trace) -> dict[int, Tensor]:

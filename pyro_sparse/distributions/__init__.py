@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import pyro_sparse.distributions.kl
 import pyro_sparse.distributions.kl_faces
-import pyro_sparse.distributions.kl_mixed  # noqa: F401  (all three register KL divergences)
-from pyro_sparse.distributions.constraints import mixed_unit_interval
+import pyro_sparse.distributions.kl_mixed
+import pyro_sparse.distributions.kl_on_faces  # noqa: F401  (all of these register KL divergences)
+from pyro_sparse.distributions.constraints import mixed_simplex, mixed_unit_interval
+from pyro_sparse.distributions.face_dirichlet import FaceDirichlet
+from pyro_sparse.distributions.face_logistic_normal import FaceLogisticNormal
 from pyro_sparse.distributions.faces import FaceDistribution
+from pyro_sparse.distributions.gaussian_sparsemax import GaussianSparsemax
 from pyro_sparse.distributions.gibbs_faces import GibbsFaces
 from pyro_sparse.distributions.hard_concrete import HardConcrete
+from pyro_sparse.distributions.hard_concrete_simplex import HardConcreteSimplex
 from pyro_sparse.distributions.hard_kumaraswamy import HardKumaraswamy
 from pyro_sparse.distributions.max_entropy_faces import MaxEntropyFaces
 from pyro_sparse.distributions.mixed import MixedDistribution
+from pyro_sparse.distributions.mixed_simplex import MixedDirichlet, MixedLogisticNormal, MixedSimplex
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.rectified_normal import RectifiedNormal
 from pyro_sparse.distributions.sparse_categorical import SparseCategorical
@@ -37,10 +43,19 @@ __all__ = [
     "ZeroOneInflated",
     "MixedDistribution",
     "mixed_unit_interval",
-    # faces of the simplex
+    # mixed on the simplex: a face, then a point in it
+    "MixedDirichlet",
+    "MixedLogisticNormal",
+    "MixedSimplex",
     "GibbsFaces",
     "MaxEntropyFaces",
     "FaceDistribution",
+    "FaceDirichlet",
+    "FaceLogisticNormal",
+    "mixed_simplex",
+    # extrinsic: a dense sample, projected onto the simplex
+    "GaussianSparsemax",
+    "HardConcreteSimplex",
     # straight-through: discrete forward, a smooth Jacobian backward
     "GumbelSoftmaxST",
     "OneHotCategoricalST",

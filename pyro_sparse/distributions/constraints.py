@@ -57,13 +57,56 @@ face = _Face()
 mixed_unit_interval = MixedConstraint(constraints.unit_interval, (0.0, 1.0))
 
 
+class _MixedSimplex(constraints.Constraint):
+    """
+    The simplex with all its faces, each of which carries probability of its own: non-negative rows with a sum of one,
+    to 1e-6 as in torch, or to the rounding of K terms where that is more.
+    """
+
+    is_discrete = False
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        tolerance = max(1e-6, 8 * value.shape[-1] * torch.finfo(value.dtype).eps)
+        return (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() <= tolerance)
+
+    def __repr__(self) -> str:
+        return "mixed_simplex"
+
+
+def check_compositions(owner: str, value: Tensor, num_classes: int) -> None:
+    """Raises unless the rows of a value are compositions of so many parts, to the constraint's tolerance."""
+    if not value.is_floating_point():
+        raise ValueError(
+            f"{owner}.log_prob: expected a floating-point value, got {value.dtype}. Convert it, e.g. by .float()."
+        )
+    if value.shape[-1:] != (num_classes,):
+        raise ValueError(
+            f"{owner}.log_prob: expected {num_classes} coordinates in the last dim, got shape {tuple(value.shape)}. "
+            "Give each row one for each vertex."
+        )
+    ok = mixed_simplex.check(value)
+    if not bool(ok.all()):
+        row = value.detach()[~ok][0]
+        raise ValueError(
+            f"{owner}.log_prob: expected rows that are non-negative and sum to one, got one with minimum "
+            f"{row.min():.4g} and sum {row.sum():.8g}. Divide amounts by their sum: y / y.sum(-1, keepdim=True)."
+        )
+
+
+#: compositions, zeros included: the simplex where all faces have probability
+mixed_simplex = _MixedSimplex()
+
+
 @biject_to.register(MixedConstraint)
 @transform_to.register(MixedConstraint)
-def _refuse(constraint: MixedConstraint) -> NoReturn:
+@biject_to.register(_MixedSimplex)
+@transform_to.register(_MixedSimplex)
+def _refuse(constraint: constraints.Constraint) -> NoReturn:
     raise NotImplementedError(
         f"biject_to, transform_to: expected a domain without atoms, got {constraint}. HMC, NUTS and the normal "
         "autoguides move through a smooth bijection, which never reaches an atom. Write a guide that samples a mixed "
-        "distribution (e.g. HardConcrete) and train it by SVI, or marginalise the atoms."
+        "distribution (e.g. HardConcrete, MixedDirichlet) and train it by SVI, or marginalise the atoms."
     )
 
 

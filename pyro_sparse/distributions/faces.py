@@ -40,6 +40,47 @@ class FaceDistribution(TorchDistribution):
         r""":math:`\log P(|F| = n)` for n = 1, ..., K, ``(*batch, K)``."""
         raise NotImplementedError
 
+    def double(self) -> FaceDistribution:
+        """The same distribution in float64."""
+        raise NotImplementedError
+
+    def less_one(self, x_less: Tensor) -> Tensor:
+        r""":math:`E \prod_k x_k^{f_k} - 1` for :math:`x_k - 1` in (-1, 0], ``(*batch, nodes, K)``: nothing cancels."""
+        raise NotImplementedError
+
+    def tilted(self, log_x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        :math:`E \prod_j x_j^{f_j} - 1` and :math:`E f_k \prod_{j \ne k} x_j^{f_j}`. With :math:`x_k = e^{-t a_k}`, one
+        integral over t gives expectations of functions of :math:`\sum_k a_k f_k`.
+
+        Args:
+            log_x: at most zero, ``(*batch, nodes, K)``.
+
+        Returns:
+            ``(*batch, nodes)`` and ``(*batch, nodes, K)``.
+        """
+        return self._differentiated(log_x)[1:]
+
+    def tilted_square(self, log_x: Tensor, a: Tensor) -> Tensor:
+        r""":math:`E (\sum_k a_k f_k)^2 \prod_k x_k^{f_k}`, ``(*batch, nodes)``, for a with shape ``(*batch, K)``."""
+        with torch.enable_grad():
+            x_less, _, others = self._differentiated(log_x, again=True)
+            a = a.unsqueeze(-2)
+            ax = a * log_x.exp()
+            (pairs,) = torch.autograd.grad((others * ax).sum(), x_less, create_graph=True)  # of different vertices
+            square = (ax * (a * others + pairs)).sum(-1)
+        return square if torch.is_grad_enabled() else square.detach()
+
+    def _differentiated(self, log_x: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """x - 1, :meth:`less_one` of it, and its derivatives."""
+        graph = again or (torch.is_grad_enabled() and (log_x.requires_grad or self._like.requires_grad))
+        with torch.enable_grad():
+            x_less = torch.expm1(log_x)
+            x_less = x_less if x_less.requires_grad else x_less.requires_grad_()
+            less = self.less_one(x_less)
+            (others,) = torch.autograd.grad(less.sum(), x_less, create_graph=graph)
+        return (x_less, less, others) if graph else (x_less.detach(), less.detach(), others)
+
     @property
     def mean(self) -> Tensor:
         """The marginals."""

@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Categorical, constraints
 from torch.distributions.utils import lazy_property
-from torch.nn.functional import logsigmoid, one_hot, softplus
+from torch.nn.functional import logsigmoid, one_hot
 
 from pyro_sparse._numerics import log1mexpexp
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
@@ -53,6 +53,8 @@ class GibbsFaces(FaceDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {"scores": constraints.real_vector}
 
     def __init__(self, scores: Tensor, *, validate_args: bool | None = None) -> None:
+        if not scores.is_floating_point():
+            raise TypeError(f"GibbsFaces.scores: expected a floating-point tensor, got {scores.dtype}. Use .float().")
         self.scores = scores
         self.num_classes = num_vertices("GibbsFaces", scores.shape)
         super().__init__(scores.shape[:-1], scores.shape[-1:], validate_args=validate_args)
@@ -72,6 +74,10 @@ class GibbsFaces(FaceDistribution):
         super(GibbsFaces, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def double(self) -> GibbsFaces:
+        double = self.scores.dtype == torch.float64
+        return self if double else GibbsFaces(self.scores.double(), validate_args=False)
 
     @property
     def _like(self) -> Tensor:
@@ -138,6 +144,50 @@ class GibbsFaces(FaceDistribution):
     def size_log_probs(self) -> Tensor:
         """Those of a Poisson-binomial variable, given that it is not zero; O(K^2)."""
         return log_poisson_binomial(self._logits)[..., 1:] - self._log_not_empty.unsqueeze(-1)
+
+    # Expectations of products over the face.
+
+    @lazy_property
+    def _tilt(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""
+        :math:`\sigma(\ell)`, its logarithm, :math:`\sigma(-\ell)`, and the log-probability of not being empty, to tilt:
+        all ``(*batch, 1, K)`` or ``(*batch, 1)``.
+
+        Where two vertices never come together, to rounding, a larger probability of each changes nothing but the last:
+        so none underflows.
+        """
+        least = math.log(torch.finfo(self.scores.dtype).eps) - 3
+        log_norm = self._log_not_empty.unsqueeze(-1)
+        ell = (self._logits + (least - log_norm).clamp(min=0.0)).unsqueeze(-2)
+        return ell.sigmoid(), logsigmoid(ell), (-ell).sigmoid(), log_norm.clamp(min=least)
+
+    def _log_factors(self, log_x: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\log(1 - p_k + p_k x_k)`, precise near zero, and :math:`p_k x_k`."""
+        p, _, q, _ = self._tilt
+        off = p * -torch.expm1(log_x)
+        on = p * log_x.exp()
+        little = off < 0.5
+        rest = torch.where(little, 1.0, q + on).clamp(min=torch.finfo(p.dtype).tiny)  # it is where that underflows
+        return torch.where(little, torch.log1p(-torch.where(little, off, 0.0)), rest.log()), on
+
+    def tilted(self, log_x: Tensor) -> tuple[Tensor, Tensor]:
+        _, log_p, _, log_norm = self._tilt
+        factors, _ = self._log_factors(log_x)
+        product = factors.sum(-1)
+        others = (log_p + (product - log_norm).unsqueeze(-1) - factors).exp()
+        return torch.expm1(product) * (-log_norm).exp(), others
+
+    def tilted_square(self, log_x: Tensor, a: Tensor) -> Tensor:
+        a = a.unsqueeze(-2)
+        factors, on = self._log_factors(log_x)
+        share = on * (-factors).exp()  # the bits are independent under the tilted distribution too
+        square = (a * share).sum(-1).square() + (a.square() * share * (1 - share)).sum(-1)
+        return square * (factors.sum(-1) - self._tilt[-1]).exp()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """To rounding everywhere; torch's own drops what it calls small in float64, too, where it is 2e-9."""
+    return -logsigmoid(-x)
 
 
 def log_poisson_binomial(logits: Tensor) -> Tensor:

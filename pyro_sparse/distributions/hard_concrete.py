@@ -12,7 +12,7 @@ from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
 from pyro_sparse._numerics import log1mexp
-from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.mixed import check_finite, check_positive
 from pyro_sparse.distributions.stretched import Stretched
 
 
@@ -71,9 +71,8 @@ class HardConcrete(Stretched):
         super().__init__(self.logits, low, high, nodes, validate_args)
         if self._validate_args:
             name = type(self).__name__
-            ok = (self.temperature > 0) & self.temperature.isfinite()
-            checked(name, "temperature", self.temperature, ok, "a positive number", "Use e.g. 2 / 3.")
-            checked(name, "logits", self.logits, self.logits.isfinite(), "a finite number", "Check the network.")
+            check_positive(name, "temperature", self.temperature, "Use e.g. 2 / 3.")
+            check_finite(name, "logits", self.logits)
 
     def _logistic(self, z: Tensor) -> Tensor:
         """The value of L that is at z."""

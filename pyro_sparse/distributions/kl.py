@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from torch.distributions.kl import register_kl
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from pyro_sparse._numerics import safe_log
 from pyro_sparse._relaxation import exact_logits
@@ -58,7 +58,7 @@ def kl_bits(p: Bernoulli, q: Bernoulli) -> Tensor:
     """Of two Bernoulli distributions. torch's own is inf where the probabilities of q are rounded to 0 or 1."""
     if "probs" in p.__dict__ or "probs" in q.__dict__:  # there may be exact zeros
         return _kl(exact_logits(p).softmax(-1), exact_logits(q).log_softmax(-1))
-    return p.logits.sigmoid() * (p.logits - q.logits) - softplus(p.logits) + softplus(q.logits)
+    return p.logits.sigmoid() * (p.logits - q.logits) + logsigmoid(-p.logits) - logsigmoid(-q.logits)
 
 
 def _kl(p_probs: Tensor, log_q: Tensor) -> Tensor:

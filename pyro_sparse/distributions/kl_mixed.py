@@ -25,6 +25,7 @@ from torch.distributions.kl import register_kl
 
 from pyro_sparse.distributions.inflated import InflatedDistribution
 from pyro_sparse.distributions.mixed import MixedDistribution
+from pyro_sparse.distributions.mixed_base import MixedBase, UnknownDivergence
 from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
 from pyro_sparse.distributions.rectified import RectifiedDistribution
 from pyro_sparse.distributions.rectified_normal import RectifiedNormal
@@ -78,7 +79,7 @@ def _kl_inflated(p: InflatedDistribution, q: InflatedDistribution) -> Tensor:
     try:
         slab = kl_divergence(p.slab, q.slab)
     except NotImplementedError as error:
-        raise TypeError(
+        raise UnknownDivergence(
             f"kl_divergence({p}, {q}): expected slabs with a known divergence, got {type(p.slab).__name__} and "
             f"{type(q.slab).__name__}. Use slabs of one family, or an ELBO that draws the KL, such as Trace_ELBO."
         ) from error
@@ -113,6 +114,11 @@ def _kl_bernoulli(p: Bernoulli, q: MixedDistribution) -> Tensor:
 
 
 def _unknown(p: Any, q: Any) -> NoReturn:
+    if isinstance(p, MixedBase) and isinstance(q, MixedBase):
+        raise UnknownDivergence(
+            f"kl_divergence({p}, {q}): expected a pair with a known divergence, got {type(p).__name__} and "
+            f"{type(q).__name__}. Use an ELBO that draws it, such as Trace_ELBO or EstimatorELBO."
+        )
     raise TypeError(
         f"kl_divergence({p}, {q}): expected a pair with a known divergence, got {type(p).__name__} and "
         f"{type(q).__name__}. It is infinite where one has atoms and the other has none; else use a prior of the same "
@@ -125,20 +131,20 @@ def _kl_delta(p: Any, q: Any) -> Tensor:
 
 
 for _pair in [
-    (MixedDistribution, MixedDistribution),
-    (MixedDistribution, Distribution),
-    (Distribution, MixedDistribution),
+    (MixedBase, MixedBase),
+    (MixedBase, Distribution),
+    (Distribution, MixedBase),
 ]:
     register_kl(*_pair)(_unknown)
 for _wrapper in (MaskedMixed, IndependentMixed):
     register_kl(_wrapper, Distribution)(_unknown)
     register_kl(Distribution, _wrapper)(_unknown)
-    register_kl(MixedDistribution, _wrapper)(_unknown)
-    register_kl(_wrapper, MixedDistribution)(_unknown)
+    register_kl(MixedBase, _wrapper)(_unknown)
+    register_kl(_wrapper, MixedBase)(_unknown)
     register_kl(Delta, _wrapper)(_kl_delta)
 register_kl(MaskedMixed, IndependentMixed)(_unknown)
 register_kl(IndependentMixed, MaskedMixed)(_unknown)
-register_kl(Delta, MixedDistribution)(_kl_delta)
+register_kl(Delta, MixedBase)(_kl_delta)
 
 
 @register_kl(MaskedMixed, MaskedMixed)

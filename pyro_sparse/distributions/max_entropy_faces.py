@@ -63,6 +63,10 @@ class MaxEntropyFaces(FaceDistribution):
         new._validate_args = self._validate_args
         return new
 
+    def double(self) -> MaxEntropyFaces:
+        double = self.bits.dtype == torch.float64
+        return self if double else MaxEntropyFaces(self.num_classes, self.bits.double(), validate_args=False)
+
     @property
     def _like(self) -> Tensor:
         return self.bits
@@ -122,3 +126,13 @@ class MaxEntropyFaces(FaceDistribution):
 
     def entropy(self) -> Tensor:
         return -(self.size_log_probs.exp() * self.face_log_probs).sum(-1)
+
+    def less_one(self, x_less: Tensor) -> Tensor:
+        """By the mean over the faces of each size among the first vertices, one vertex more at a time; O(K^2)."""
+        n = torch.arange(self.num_classes + 1, dtype=x_less.dtype, device=x_less.device)
+        mean = torch.zeros_like(x_less[..., :1]).expand(*x_less.shape[:-1], self.num_classes + 1)
+        for k, one in enumerate(x_less.split(1, -1), start=1):
+            with_it = torch.nn.functional.pad(mean[..., :-1], (1, 0))
+            share = (n / k).clamp(max=1.0)  # of the faces of size n, those that have the vertex
+            mean = (1 - share) * mean + share * (with_it + one + one * with_it)
+        return (self.size_log_probs.exp().unsqueeze(-2) * mean[..., 1:]).sum(-1)

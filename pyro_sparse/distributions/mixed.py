@@ -13,12 +13,11 @@ pathwise. Both parts go to Pyro's ELBOs through ``score_parts``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
@@ -26,11 +25,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse.distributions.constraints import interior_point, mixed_unit_interval
-from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
+from pyro_sparse.distributions.mixed_base import MixedBase
 from pyro_sparse.distributions.quadrature import Stretch
 
 
-class MixedDistribution(TorchDistribution):
+class MixedDistribution(MixedBase):
     r"""
     A univariate distribution with atoms and a density between them.
 
@@ -52,12 +51,9 @@ class MixedDistribution(TorchDistribution):
     validation off. Draws are differentiable once.
     """
 
-    has_rsample = False
     support = mixed_unit_interval
     #: where the atoms are
     _atoms: ClassVar[tuple[float, ...]] = (0.0, 1.0)
-    #: parameters that `expand` expands
-    _tensors: ClassVar[tuple[str, ...]] = ()
     #: a scalar zero of the parameters' dtype, on their device
     _zero: Tensor
 
@@ -84,14 +80,6 @@ class MixedDistribution(TorchDistribution):
         """A point inside, put in place of an atom before a density is evaluated."""
         return 0.5
 
-    def _draw(self, shape: Size) -> Tensor:
-        """A draw of this full shape, without gradient."""
-        raise NotImplementedError
-
-    def _pathwise(self, z: Tensor) -> Tensor:
-        """A draw with the gradient of the quantile function, atoms staying where they are."""
-        raise NotImplementedError
-
     def _stratified(self, shape: Size) -> Tensor:
         """A draw with the gradient of the quantile function given its stratum."""
         raise NotImplementedError
@@ -99,31 +87,6 @@ class MixedDistribution(TorchDistribution):
     def _inside_score(self, z: Tensor, log_inside: Tensor) -> Tensor:
         """What of the inside :meth:`_stratified` leaves to the score function: its probability, by default."""
         return log_inside
-
-    # Draws.
-
-    def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(self._extended_shape(Size(sample_shape)))
-
-    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        """A draw through the quantile function, whatever ``has_rsample`` says; see the class for when it is right."""
-        return self._pathwise(self.sample(sample_shape))
-
-    def __call__(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        """What ``pyro.sample`` draws: pathwise in full or inside the stratum, by ``has_rsample``."""
-        return (
-            self.rsample(sample_shape)
-            if self.has_rsample
-            else self._stratified(self._extended_shape(Size(sample_shape)))
-        )
-
-    def has_rsample_(self, value: bool) -> MixedDistribution:
-        """Chooses, in place, the purely pathwise draw (True) or the stratified one (False)."""
-        if value is not True and value is not False:
-            raise ValueError(f"{type(self).__name__}.has_rsample_: expected True or False, got {value!r}. Give a bool.")
-        self.has_rsample = value
-        return self
 
     # Densities.
 
@@ -254,38 +217,6 @@ class MixedDistribution(TorchDistribution):
             z = torch.where(stratum == i, atom, z)
         return z
 
-    # Wrappers.
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixedDistribution:
-        """A view with a larger batch shape; flags are kept."""
-        batch_shape = Size(batch_shape)
-        old = (1,) * (len(batch_shape) - len(self._batch_shape)) + self._batch_shape
-        if len(old) > len(batch_shape) or any(a not in (1, b) for a, b in zip(old, batch_shape, strict=True)):
-            raise ValueError(
-                f"{type(self).__name__}.expand: expected a shape that {tuple(self._batch_shape)} broadcasts to, got "
-                f"{tuple(batch_shape)}. Only dims of size one, or new ones on the left, can grow."
-            )
-        new: MixedDistribution = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        for name in self._tensors:
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                setattr(new, name, value.expand(batch_shape + self._event_of(name)))
-        new._batch_shape = batch_shape
-        return new
-
-    def _event_of(self, name: str) -> Size:
-        """The dims of a parameter to the right of the batch's."""
-        return Size()
-
-    def mask(self, mask: bool | Tensor) -> Any:
-        """The distribution whose log_prob is zero where ``mask`` is False, with the same draws and score parts."""
-        return MaskedMixed.of(self, mask)
-
-    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
-        """The rightmost batch dims become event dims, with the same draws and score parts."""
-        return IndependentMixed.of(self, reinterpreted_batch_ndims)
-
 
 class _ImplicitDraw(torch.autograd.Function):
     r"""
@@ -339,6 +270,16 @@ def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, exp
     if not (ok if isinstance(ok, bool) else bool(ok.all())):
         got = value if not isinstance(value, Tensor) else _example(value.detach(), ok)
         raise ValueError(f"{owner}.{name}: expected {expected}, got {got}. {fix}")
+
+
+def check_finite(owner: str, name: str, value: Tensor) -> None:
+    """Raises unless a parameter on the whole line is a number throughout."""
+    checked(owner, name, value, value.isfinite(), "a finite number", "Check the network.")
+
+
+def check_positive(owner: str, name: str, value: Tensor, fix: str = "Use e.g. softplus of a network.") -> None:
+    """Raises unless a parameter is positive and finite throughout."""
+    checked(owner, name, value, (value > 0) & value.isfinite(), "a positive number", fix)
 
 
 def _example(value: Tensor, ok: Tensor | bool) -> float:

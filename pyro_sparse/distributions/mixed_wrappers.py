@@ -83,8 +83,6 @@ class IndependentMixed(_Forwarding, Independent):  # type: ignore[override]  # t
         return cls(base, ndims) if ndims else base
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        log_prob, score, _ = self.base_dist.score_parts(value)
-        log_prob = sum_rightmost(log_prob, self.reinterpreted_batch_ndims)
-        if not is_identically_zero(score):
-            score = sum_rightmost(score, self.reinterpreted_batch_ndims)
-        return ScoreParts(log_prob, score, log_prob)
+        n = self.reinterpreted_batch_ndims
+        parts = self.base_dist.score_parts(value)
+        return ScoreParts(*(part if is_identically_zero(part) else sum_rightmost(part, n) for part in parts))

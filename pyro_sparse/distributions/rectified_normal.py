@@ -12,7 +12,7 @@ from torch.distributions.utils import broadcast_all
 from torch.special import ndtri
 
 from pyro_sparse._numerics import gauss_legendre, log1mexp, log_ndtr
-from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.mixed import check_finite, check_positive
 from pyro_sparse.distributions.rectified import RectifiedDistribution
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
@@ -66,10 +66,8 @@ class RectifiedNormal(RectifiedDistribution):
         self.loc, self.scale = broadcast_all(loc, scale)
         super().__init__(self.loc.shape, self.loc, nodes, validate_args)
         if self._validate_args:
-            name = type(self).__name__
-            checked(name, "loc", self.loc, self.loc.isfinite(), "a finite number", "Check the network.")
-            ok = (self.scale > 0) & self.scale.isfinite()
-            checked(name, "scale", self.scale, ok, "a positive number", "Use e.g. softplus of a network.")
+            check_finite(type(self).__name__, "loc", self.loc)
+            check_positive(type(self).__name__, "scale", self.scale)
 
     def _standardise(self, z: Tensor) -> Tensor:
         return (z - self.loc) / self.scale

@@ -17,6 +17,7 @@ from pyro_sparse.estimators.local_expectation import LocalExpectation
 from pyro_sparse.estimators.rao_blackwell import RaoBlackwell
 from pyro_sparse.estimators.rebar import REBAR, RELAX
 from pyro_sparse.estimators.score_function import Exact, LeaveOneOut, ScoreFunction
+from pyro_sparse.estimators.split import SplitPathwise
 from pyro_sparse.estimators.straight_through import StraightThrough
 from pyro_sparse.estimators.taylor import DoubleControlVariate, MuProp
 from pyro_sparse.estimators.unordered_set import UnorderedSet
@@ -33,6 +34,8 @@ __all__ = [
     "UnorderedSet",
     "LocalExpectation",
     "Exact",
+    # in part pathwise
+    "SplitPathwise",
     # control variates that see the draw
     "REBAR",
     "RELAX",

@@ -122,6 +122,8 @@ class Estimator(nn.Module):
             outcomes. Log-probabilities of the site are then linear in its value.
         reparameterizes: whether, in place of all this, :meth:`reparameterized` gives one value with a derivative; the
             site's KL divergence is then taken in closed form.
+        splits: whether :meth:`reparameterized` gives such a value to everything but the site's own log-probabilities;
+            their difference alone, with z held fixed, is then the cost of :meth:`forward`.
         unbiased: whether its expectation is the gradient of the objective.
     """
 
@@ -129,6 +131,7 @@ class Estimator(nn.Module):
     unbiased: ClassVar[bool] = True
     relaxes: ClassVar[bool] = False
     reparameterizes: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
     num_particles: int = 1
     vectorized: bool = True
     draws_slots: bool = False
@@ -138,7 +141,7 @@ class Estimator(nn.Module):
         raise NotImplementedError
 
     def reparameterized(self, site: Site) -> Tensor:
-        """A draw with a derivative by the parameters of q. Called only where ``reparameterizes``."""
+        """A draw with a derivative by the parameters of q. Called only where ``reparameterizes`` or ``splits``."""
         raise NotImplementedError
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:

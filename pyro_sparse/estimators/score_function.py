@@ -26,7 +26,7 @@ class ScoreFunction(Estimator):
         super().__init__()
         if baseline is not None and not isinstance(baseline, Baseline):
             raise TypeError(
-                f"ScoreFunction: expected a Baseline or None, got {baseline!r}. "
+                f"{type(self).__name__}: expected a Baseline or None, got {baseline!r}. "
                 "Use one of pyro_sparse.estimators, or subclass Baseline."
             )
         self.baseline = baseline

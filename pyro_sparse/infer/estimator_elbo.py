@@ -210,7 +210,7 @@ class EstimatorELBO(ELBO, nn.Module):
                 self._set_particles({name: e for name, e in found.items() if e is not None})
                 estimators = [*found.values(), *self.assignment.entries.values()]
                 plates_known = self.max_plate_nesting != float("inf")
-                draws = any(e is not None and (e.draws_slots or e.reparameterizes) for e in estimators)
+                draws = any(e is not None and (e.draws_slots or e.reparameterizes or e.splits) for e in estimators)
                 self._slots = plates_known or draws
                 if not plates_known and (self._slots or self.vectorize_particles):
                     served = {name: e for name, e in found.items() if e is not None}

@@ -73,6 +73,13 @@ class EstimatorMessenger(SparseEnumMessenger):
             self._lay_out_slots(msg, estimator)
         elif self.kind == "mode":
             msg["value"] = mode(msg["fn"])
+        elif estimator.splits:
+            msg["value"] = estimator.reparameterized(self._site(msg))
+
+    @property
+    def split(self) -> frozenset[str]:
+        """Sites whose value is attached for all but their own log-probabilities."""
+        return frozenset(name for name, estimator in self.estimators.items() if estimator.splits)
 
     def _lay_out_slots(self, msg: Any, estimator: Estimator) -> None:
         name = msg["name"]

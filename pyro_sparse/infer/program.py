@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from pyro_sparse.distributions.kl import kl_bits
+from pyro_sparse.distributions.mixed_base import UnknownDivergence
 from pyro_sparse.estimators import Estimator, Site
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, Term, subsampling_scale, sum_to
 from pyro_sparse.infer.dependencies import Dependencies
 from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, data_plates
-from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, refuse_indices, smooth_sites
+from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, refuse_indices, smooth_sites, with_fixed_value
 
 _BRANCHES = re.compile(
     "Boolean value of Tensor with more than one value|cannot be converted to Scalar|only integer tensors of a single"
@@ -93,7 +94,8 @@ class Run:
 
     def check_derivatives(self) -> None:
         """Raises if no other term has a derivative by the value of a site whose estimator differentiates by it."""
-        for name, what in smooth_sites(self.guide_trace, self.messenger.estimators).items():
+        sites = smooth_sites(self.guide_trace, self.messenger.estimators)
+        for name, what in {**sites, **{n: self.messenger.estimators[n] for n in self.messenger.split}}.items():
             value = self.guide_trace.nodes[name]["value"]
             paths = [term.path.sum() for term in self.costs.terms if term.name != name and term.path is not None]
             if not value.requires_grad or not paths:
@@ -173,22 +175,26 @@ class Program:
                 f"EstimatorELBO, site '{name}': expected costs='plates' with "
                 f"{type(messenger.estimators[name]).__name__}, got 'graph'. Leave costs out."
             )
-        traces = _log_probs(model_trace, guide_trace, self.nesting, messenger.reparameterized)
+        if messenger.split:
+            _same_order(model_trace, guide_trace)
+        traces = _log_probs(model_trace, guide_trace, self.nesting, messenger.reparameterized, messenger.split)
         return self._read(*traces, messenger, indices)
 
     def _read(self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger, subsamples: Any) -> Run:
         depends = {} if self.depends is None else self.depends.find(self, model_trace, guide_trace, subsamples)
+        kls = self._analytic_kls(model_trace, guide_trace, messenger)
         slots, scores = {}, []
         log_weight: Tensor | None = None
         for name in guide_trace.stochastic_nodes:
-            if name in messenger.reparameterized:
+            if name in messenger.reparameterized or (name in messenger.split and name in kls):
                 continue
             node = guide_trace.nodes[name]
             log_prob, dim = node["score_parts"].score_function, node["infer"].get("_enumerate_dim")
             estimator = messenger.estimators.get(name) or self.find(node)
             if estimator is None or is_identically_zero(log_prob):
                 continue
-            if estimator.draws_slots and dim is None and node["infer"].get("enumerate") != "sequential":
+            late = estimator.draws_slots and dim is None and node["infer"].get("enumerate") != "sequential"
+            if late or (estimator.splits and name not in messenger.split):
                 raise ValueError(
                     f"EstimatorELBO, site '{name}': expected {type(estimator).__name__} at a site that the first run "
                     "reaches, got one that it did not, so that plates were not counted. Pass max_plate_nesting."
@@ -208,8 +214,12 @@ class Program:
             site.options = node["infer"].get("baseline", {})
             dims = frozenset() if dim is None else frozenset([dim])
             scores.append(ScoreSite(site, estimator, frames, dims, dim, subsampling_scale(frames)))
-        kls = self._analytic_kls(model_trace, guide_trace, messenger)
-        costs = Costs(_terms(model_trace, guide_trace, kls, depends, slots), slots)
+        terms = _terms(model_trace, guide_trace, kls, depends, slots)
+        if messenger.split:  # other terms depend on such a draw by their derivative
+            every = frozenset(guide_trace.stochastic_nodes)
+            for term in terms:
+                term.upstream = (every if term.upstream is None else term.upstream) - (messenger.split - {term.name})
+        costs = Costs(terms, slots)
         for score in scores:
             score.dims |= costs.slot_dims(score.site.log_prob)
         return Run(costs, scores, log_weight, subsamples, guide_trace, messenger)
@@ -237,7 +247,9 @@ def _derivative(total: Tensor, value: Tensor) -> Tensor | None:
     return torch.autograd.grad(total, value, retain_graph=True, allow_unused=True)[0]
 
 
-def _log_probs(model_trace: Any, guide_trace: Any, nesting: float, without: Collection[str]) -> tuple[Any, Any]:
+def _log_probs(
+    model_trace: Any, guide_trace: Any, nesting: float, without: Collection[str], fixed: Collection[str]
+) -> tuple[Any, Any]:
     """As :func:`pyro.infer.enum.get_importance_trace` once the programs have run, but for some sites."""
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, nesting)
@@ -250,6 +262,9 @@ def _log_probs(model_trace: Any, guide_trace: Any, nesting: float, without: Coll
                 f"EstimatorELBO, site '{name}': expected every latent site of the model in the guide, got one in "
                 "the model only. Add it to the guide; to sum it out in the model, use SparseEnumELBO or TraceEnum_ELBO."
             )
+    for name in fixed:
+        for node in (trace.nodes[name] for trace in (guide_trace, model_trace) if name in trace.nodes):
+            node["fn"] = with_fixed_value(node["fn"])
     model_trace.compute_log_prob(lambda name, node: name not in without)
     for name in without:
         guide_trace.nodes[name]["score_parts"] = None  # else Pyro would compute them
@@ -293,14 +308,8 @@ def _analytic_kls(model_trace: Any, guide_trace: Any, names: Collection[str]) ->
     """The KL divergence of each of these sites that has a closed form."""
     if not names:
         return {}
-    latent = [n for n in guide_trace.stochastic_nodes if n in model_trace.nodes]
-    if latent != (order := [n for n in model_trace.stochastic_nodes if n in guide_trace.nodes]):
-        raise ValueError(
-            f"EstimatorELBO: expected with closed-form KL divergences the same order of sites in guide and model, got "
-            f"{latent} and {order}. Reorder them, or leave out what asks for them: analytic_kl, StraightThrough."
-        )
     kls = {}
-    for name in latent:
+    for name in _same_order(model_trace, guide_trace):
         if name not in names:
             continue
         guide_node, model_node = guide_trace.nodes[name], model_trace.nodes[name]
@@ -308,8 +317,23 @@ def _analytic_kls(model_trace: Any, guide_trace: Any, names: Collection[str]) ->
             kl = _kl_divergence(guide_node["fn"], model_node["fn"])
         except NotImplementedError:
             continue  # as TraceMeanField_ELBO: this site's KL is sampled
+        except UnknownDivergence:
+            if guide_node["fn"].has_rsample:
+                raise  # sampled pathwise it would be biased
+            continue
         kls[name] = scale_and_mask(kl, scale=guide_node["scale"], mask=guide_node["mask"])
     return kls
+
+
+def _same_order(model_trace: Any, guide_trace: Any) -> list[str]:
+    """The latent sites. A site's own terms then depend on no draw after its own."""
+    latent = [n for n in guide_trace.stochastic_nodes if n in model_trace.nodes]
+    if latent != (order := [n for n in model_trace.stochastic_nodes if n in guide_trace.nodes]):
+        raise ValueError(
+            f"EstimatorELBO: expected the same order of sites in guide and model, got {latent} and {order}. Reorder "
+            "them, or leave out what asks for it: analytic_kl, StraightThrough, SplitPathwise."
+        )
+    return latent
 
 
 def _kl_divergence(p: Any, q: Any) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -60,6 +61,27 @@ def _linear_log_prob(fn: Any, value: Tensor) -> Any:
     return linear_log_prob(fn.logits if isinstance(fn, SparseOneHotCategorical) else exact_logits(fn), value)
 
 
+def with_fixed_value(fn: Any) -> Any:
+    """A view of ``fn`` whose log-probability has no derivative by the value, and is the score function in full."""
+    view = copy.copy(fn)
+    view.__dict__["log_prob"] = lambda value: fn.log_prob(value.detach())
+    view.__dict__["score_parts"] = lambda value: _full_score_parts(fn, value.detach())
+    return view
+
+
+def _full_score_parts(fn: Any, value: Tensor) -> ScoreParts:
+    """As Pyro's own without a pathwise part, whatever the family's are; a mask is for the log-probability alone."""
+    if isinstance(fn, Independent):
+        log_prob, score, _ = _full_score_parts(fn.base_dist, value)
+        dims = fn.reinterpreted_batch_ndims
+        return ScoreParts(sum_rightmost(log_prob, dims), sum_rightmost(score, dims), 0)  # type: ignore[arg-type]
+    if isinstance(fn, MaskedDistribution):
+        log_prob, score, _ = _full_score_parts(fn.base_dist, value)
+        return ScoreParts(scale_and_mask(log_prob, mask=fn._mask), score, 0)  # type: ignore[arg-type]
+    log_prob = fn.log_prob(value)
+    return ScoreParts(log_prob, log_prob, 0)  # type: ignore[arg-type]  # as Pyro's own
+
+
 def smooth_sites(trace: Any, estimators: Mapping[str, Estimator]) -> dict[str, Any]:
     """The guide's sites whose values have a pretended or a relaxed derivative: estimators, and the families' own."""
     found: dict[str, Any] = {name: e for name, e in estimators.items() if e.relaxes or e.reparameterizes}
@@ -85,9 +107,10 @@ def not_relaxed(sites: Mapping[str, Any], got: str) -> ValueError:
     """What to raise where a model cannot be differentiated by these sites' values."""
     where = " or ".join(f"'{name}' ({type(what).__name__})" for name, what in sites.items())
     takes = "one-hot vectors and bits as numbers"
+    fix = "Multiply the one-hot vector by an embedding's weights (z @ embedding.weight); or use RELAX, whose control "
+    fix += "variate is a network."
     if any(getattr(what, "relaxes", False) for what in sites.values()):
         takes += ", and numbers between 0 and 1 in their place"
-    return ValueError(
-        f"EstimatorELBO, site {where}: expected a model that takes {takes}, got one {got}. Multiply the one-hot vector "
-        "by an embedding's weights (z @ embedding.weight); or use RELAX, whose control variate is a network."
-    )
+    if all(getattr(what, "splits", False) for what in sites.values()):
+        takes, fix = "the value as a number", "Use LeaveOneOut or ScoreFunction."
+    return ValueError(f"EstimatorELBO, site {where}: expected a model that takes {takes}, got one {got}. {fix}")

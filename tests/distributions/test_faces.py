@@ -43,6 +43,7 @@ SCORES = {
     "three": torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64),
     "six": torch.tensor([1.5, -0.7, 0.2, -3.0, 0.9, 0.0], dtype=torch.float64),
     "rare": torch.tensor([-50.0, -49.0, -50.5, -50.0], dtype=torch.float64),
+    "likely": torch.tensor([10.1, -12.0, 11.0, -20.0], dtype=torch.float64),
     "all": torch.tensor([50.0, 48.0, 50.0], dtype=torch.float64),
     "both": torch.tensor([50.0, -50.0, 0.5, 3.0], dtype=torch.float64),
 }

@@ -30,7 +30,7 @@ from pyro_sparse.distributions import (
     ZeroOneInflated,
 )
 from pyro_sparse.distributions.spike_and_exponential import TruncatedExponential
-from pyro_sparse.estimators import LeaveOneOut, MovingAverage, ScoreFunction
+from pyro_sparse.estimators import LeaveOneOut, MovingAverage, ScoreFunction, SplitPathwise
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
 
 Program = tuple[Callable[[], None], Callable[[], None]]  # model, guide
@@ -129,11 +129,21 @@ RECTIFIED = [name for name in FAMILIES if "Inflated" not in name and "Spike" not
 
 @dataclass(frozen=True)
 class Route:
-    """An ELBO, the form of the distributions it is used with, and how many particles one estimate takes."""
+    """
+    Attributes:
+        elbo: an ELBO.
+        pathwise: the form of the distributions it is used with.
+        particles: how many one estimate takes.
+        splits: whether it draws pathwise itself.
+    """
 
     elbo: Callable[..., ELBO]
     pathwise: bool = False
     particles: int = 1
+    splits: bool = False
+
+    def serves(self, family: Family) -> bool:
+        return family.pathwise or not (self.pathwise or self.splits)
 
 
 ROUTES = {
@@ -145,6 +155,8 @@ ROUTES = {
     "EstimatorELBO, leave-one-out": Route(lambda: EstimatorELBO(LeaveOneOut(4)), particles=4),
     "EstimatorELBO, one by one": Route(lambda: EstimatorELBO(LeaveOneOut(4, vectorized=False)), particles=4),
     "EstimatorELBO, graph": Route(lambda: EstimatorELBO(ScoreFunction(), costs="graph")),
+    "EstimatorELBO, split": Route(lambda **kwargs: EstimatorELBO(SplitPathwise(), **kwargs), splits=True),
+    "EstimatorELBO, split, graph": Route(lambda: EstimatorELBO(SplitPathwise(), costs="graph"), splits=True),
     "TraceMeanField_ELBO, pathwise": Route(TraceMeanField_ELBO, pathwise=True),
     "BaselineELBO, analytic KL, pathwise": Route(lambda: BaselineELBO(analytic_kl=True), pathwise=True),
 }

@@ -1,0 +1,165 @@
+"""Distributions on one face of the simplex, as families that have one on each: what they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+
+from pyro_sparse._numerics import safe_log
+from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex
+from pyro_sparse.distributions.face_sums import OneFace, RandomFace, Sums
+from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
+from pyro_sparse.distributions.mixed import checked
+
+
+class OnFace(TorchDistribution):
+    """
+    A distribution on the relative interior of a face, the whole simplex by default.
+
+    A family has parameters for all K vertices; :meth:`on` says which of them take part, and the others become 1. It
+    implements :meth:`_log_weights`, the logarithms of unnormalised positive coordinates, :meth:`_log_density`, and its
+    entropy and mean by sums over the vertices of a face, known or random.
+    """
+
+    has_rsample = True
+    support = mixed_simplex
+    #: the parameters, each ``(*batch, K)``
+    _tensors: ClassVar[tuple[str, ...]] = ()
+    #: the vertices of the face, as bits; None for all
+    face: Tensor | None
+
+    def __init__(self, face: Tensor | None, validate_args: bool | None, **parameters: Any) -> None:
+        name = type(self).__name__
+        like = next((p for p in parameters.values() if isinstance(p, Tensor)), None)
+        if like is None or not like.is_floating_point():
+            got = "numbers" if like is None else f"a tensor of {like.dtype}"
+            raise TypeError(f"{name}: expected a floating-point tensor of K parameters, got {got}. Say torch.ones(K).")
+        tensors = {key: torch.as_tensor(p, dtype=like.dtype, device=like.device) for key, p in parameters.items()}
+        shape = torch.broadcast_shapes(*(p.shape for p in tensors.values()))
+        num_vertices(name, shape)
+        if face is not None:
+            num_vertices(name, face.shape)
+            shape = torch.broadcast_shapes(shape, face.shape)
+            face = face.expand(shape)
+        self.face = face
+        for key, p in tensors.items():
+            p = p.expand(shape)
+            # Off the face they do not matter: where nothing holds them there, their derivatives may overflow.
+            setattr(self, key, p if face is None else torch.where(face > 0, p, 1.0))
+        super().__init__(shape[:-1], shape[-1:], validate_args=False)
+        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        if self._validate_args:
+            self._check_parameters()
+            if face is not None:
+                self._check_face(face)
+
+    def _check_face(self, face: Tensor) -> None:
+        bits = ((face == 0) | (face == 1)) & (face > 0).any(-1, keepdim=True)
+        checked(type(self).__name__, "face", face, bits, "bits, some of them one in each row", "Use GibbsFaces.")
+
+    def _check_parameters(self) -> None:
+        raise NotImplementedError
+
+    def on(self, face: Tensor) -> Any:
+        """The distribution of this family on a face: bits ``(*batch, K)``, at least one of them in each row."""
+        if self.face is not None:
+            raise ValueError(
+                f"{type(self).__name__}.on: expected a family on the whole simplex, got one on a face, whose other "
+                "parameters are gone. Keep the family, and ask it for each face."
+            )
+        new = self.at(face)
+        if self._validate_args:
+            new._check_face(new.face)
+        return new
+
+    def at(self, face: Tensor) -> Any:
+        """As :meth:`on`, for a face that is known to be one."""
+        return self._placed(face, Size())
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+        """A view with a larger batch shape."""
+        return self._placed(self.face, Size(batch_shape))
+
+    def _placed(self, face: Tensor | None, batch_shape: Size) -> Any:
+        shape = batch_shape + self.event_shape
+        parameters = {name: getattr(self, name) for name in self._tensors}
+        if batch_shape:
+            parameters = {name: p.expand(shape) for name, p in parameters.items()}
+        new: OnFace = object.__new__(type(self))
+        OnFace.__init__(new, face, False, **parameters)
+        new._validate_args = self._validate_args
+        return new
+
+    # On this face.
+
+    def _log_weights(self, shape: Size) -> Tensor:
+        """log w of a draw :math:`y_k = w_k / \\sum_j w_j`, of this shape and with pathwise gradient."""
+        raise NotImplementedError
+
+    def _log_density(self, log_y: Tensor) -> Tensor:
+        """The log-density, where the logarithms of the face's coordinates are these (zero off the face)."""
+        raise NotImplementedError
+
+    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """
+        A draw with the pathwise gradient. A coordinate of the face that underflows is the smallest normal number, so
+        that the draw stays on its face; it has no gradient then.
+        """
+        log_w = self._log_weights(self._extended_shape(Size(sample_shape)))
+        if self.face is not None:
+            log_w = log_w.masked_fill(self.face == 0, -math.inf)
+        y = log_w.softmax(-1)
+        tiny = torch.finfo(y.dtype).tiny
+        under = y < tiny if self.face is None else (y < tiny) & (self.face > 0)
+        return torch.where(under, tiny, y)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density; -inf where the positive coordinates are not those of the face."""
+        if self._validate_args:
+            check_compositions(type(self).__name__, value, self._event_shape[0])
+        return self.log_density(value)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """As :meth:`log_prob`, of what is known to be on the simplex."""
+        positive = value > 0
+        right = positive.all(-1) if self.face is None else (positive == (self.face > 0)).all(-1)
+        log_prob = self._log_density(safe_log(torch.where(positive, value, 0.0), at_zero=0.0))
+        return torch.where(right, log_prob, -math.inf)
+
+    # On this face, or over a distribution of faces.
+
+    @property
+    def here(self) -> OneFace:
+        """Sums over the vertices of the face."""
+        return OneFace(getattr(self, self._tensors[0]).new_ones(self.event_shape) if self.face is None else self.face)
+
+    def _entropy(self, sums: Sums) -> Tensor:
+        raise NotImplementedError
+
+    def _mean(self, sums: Sums) -> Tensor:
+        raise NotImplementedError
+
+    def entropy(self) -> Tensor:
+        """On the face, in nats; zero at a vertex."""
+        return self._entropy(self.here)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean(self.here)
+
+    def expected_entropy(self, faces: FaceDistribution) -> Tensor:
+        """The entropy on a random face, on average, ``batch_shape``."""
+        return self._entropy(RandomFace(faces))
+
+    def expected_mean(self, faces: FaceDistribution) -> Tensor:
+        """The mean of a point on a random face, ``(*batch, K)``."""
+        return self._mean(RandomFace(faces))
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {tuple(getattr(self, name).shape)}" for name in self._tensors)
+        return f"{type(self).__name__}({shapes}{'' if self.face is None else ', face'})"
