@@ -21,6 +21,9 @@ def sample_mixed(
     :class:`~pyro_sparse.distributions.MixedSimplex` site, ``name``. To condition a program on a value, pass ``obs``:
     :func:`pyro.condition` on ``name`` alone would leave the face free.
 
+    ``EstimatorELBO(LeaveOneOut(4), analytic_kl=True)`` is a good start; with few vertices,
+    ``EstimatorELBO({"y_face": Exact()}, analytic_kl=True)``, which has no noise from the face.
+
     >>> import torch
     >>> from pyro_sparse.distributions import FaceDirichlet, GibbsFaces
     >>> _ = pyro.set_rng_seed(0)
