@@ -40,7 +40,11 @@ def drawn_from(d: MixedDirichlet, faces: Tensor, log_p: Tensor) -> Tensor:
 def enumerated(d: MixedDirichlet, prior: MixedDirichlet) -> Tensor:
     faces = d.faces.enumerate_support(expand=False)
     log_p, log_q = d.faces.log_prob(faces), prior.faces.log_prob(faces)
-    within = kl_divergence(d.within.at(faces), prior.within.at(faces))
+    a, b = (torch.where(faces > 0, m.within.concentration, 0.0) for m in (d, prior))
+    total, own = a.sum(-1, keepdim=True), torch.where(faces > 0, a, 1.0)
+    within = torch.lgamma(torch.where(faces > 0, b, 1.0)) - torch.lgamma(own)
+    within = within + (a - b) * (torch.digamma(own) - torch.digamma(total))
+    within = within.sum(-1) + torch.lgamma(total.squeeze(-1)) - torch.lgamma(b.sum(-1))
     return drawn_from(d, faces.squeeze(1), log_p) + (log_p.exp() * (log_p - log_q + within)).sum(0)
 
 

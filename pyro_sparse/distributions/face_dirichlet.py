@@ -18,7 +18,8 @@ class FaceDirichlet(OnFace):
     .. math:: p(y \mid f) = \frac{\Gamma(\sum_{k \in f} \alpha_k)}{\prod_{k \in f} \Gamma(\alpha_k)}
         \prod_{k \in f} y_k^{\alpha_k - 1}, \qquad y_k = 0 \text{ for } k \notin f
 
-    the Dirichlet distribution of the coordinates of a face f; at a vertex, a point mass.
+    the Dirichlet distribution of the coordinates of a face f; at a vertex, a point mass. In float32 the gradient of a
+    draw overflows for concentrations below 1e-18.
 
     **Base measure:** Lebesgue in all coordinates of the face but one, as torch's Dirichlet; counting at a vertex;
     **rsample:** yes; **enumerable:** no.
@@ -66,14 +67,14 @@ class FaceDirichlet(OnFace):
         a = self.concentration
         return self.here.masked((a - 1) * log_y - torch.lgamma(a)).sum(-1) + self.here.of(a).log_gamma()
 
-    def _entropy(self, sums: Sums) -> Tensor:
+    def entropy_over(self, sums: Sums) -> Tensor:
         r""":math:`\sum_k [\ln\Gamma(\alpha_k) - (\alpha_k - 1)\psi(\alpha_k)] - \ln\Gamma(\alpha_0)
         + (\alpha_0 - n)\psi(\alpha_0)`, sums over the n vertices of the face."""
         a = self.concentration
         total = sums.of(a)
         return sums.linear(torch.lgamma(a) - (a - 1) * torch.digamma(a)) - total.log_gamma() + total.digamma(a - 1)
 
-    def _mean(self, sums: Sums) -> Tensor:
+    def mean_over(self, sums: Sums) -> Tensor:
         return self.concentration * sums.of(self.concentration).reciprocal()
 
     @property

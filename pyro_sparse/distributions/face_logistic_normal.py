@@ -54,7 +54,7 @@ class FaceLogisticNormal(OnFace):
     Raises:
         ValueError: ``scale <= 0``, NaN or infinite parameters; K = 1; an empty face.
 
-    **Reference:** J. Atchison and S. Shen, *Logistic-normal distributions: some properties and uses*, Biometrika 1980;
+    **Reference:** J. Aitchison and S. Shen, *Logistic-normal distributions: some properties and uses*, Biometrika 1980;
     on faces A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2.
     """
 
@@ -88,12 +88,12 @@ class FaceLogisticNormal(OnFace):
         logs = self.here.masked(log_y + self.scale.log() + _LOG_2PI / 2).sum(-1)
         return (_LOG_2PI - total.log() - spread) / 2 - logs
 
-    def _entropy(self, sums: Sums) -> Tensor:
+    def entropy_over(self, sums: Sums) -> Tensor:
         own = sums.linear(self.scale.log() + (_LOG_2PI + 1) / 2 + self.loc)
         precision = sums.of(self.precision).log()
         return own + (precision - _LOG_2PI - 1) / 2 - LogNormalSums(sums, self.loc, self.scale).size_times_log()
 
-    def _mean(self, sums: Sums) -> Tensor:
+    def mean_over(self, sums: Sums) -> Tensor:
         return LogNormalSums(sums, self.loc, self.scale).share()
 
     @property
@@ -109,6 +109,6 @@ class FaceLogisticNormal(OnFace):
         w = self.precision
         # It does not change with a shift; with this one the difference below cancels less.
         mean = mean - (sums.linear(w * mean) / sums.linear(w)).detach().unsqueeze(-1)
-        total = sums.of(w)
+        total = sums.of(w, cancels=True)
         off_centre = total.square_over(w * mean) + (w.square() * variance * total.reciprocal()).sum(-1)
         return sums.linear(w * (mean.square() + variance)) - off_centre

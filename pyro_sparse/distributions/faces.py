@@ -44,7 +44,7 @@ class FaceDistribution(TorchDistribution):
         """The same distribution in float64."""
         raise NotImplementedError
 
-    def less_one(self, x_less: Tensor) -> Tensor:
+    def product_minus_one(self, x_minus_one: Tensor) -> Tensor:
         r""":math:`E \prod_k x_k^{f_k} - 1` for :math:`x_k - 1` in (-1, 0], ``(*batch, nodes, K)``: nothing cancels."""
         raise NotImplementedError
 
@@ -72,12 +72,14 @@ class FaceDistribution(TorchDistribution):
         return square if torch.is_grad_enabled() else square.detach()
 
     def _differentiated(self, log_x: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """x - 1, :meth:`less_one` of it, and its derivatives."""
-        graph = again or (torch.is_grad_enabled() and (log_x.requires_grad or self._like.requires_grad))
+        """x - 1, :meth:`product_minus_one` of it, and its derivatives."""
+        graph = again or (torch.is_grad_enabled() and (log_x.requires_grad or self.like.requires_grad))
         with torch.enable_grad():
             x_less = torch.expm1(log_x)
-            x_less = x_less if x_less.requires_grad else x_less.requires_grad_()
-            less = self.less_one(x_less)
+            # One for each of the faces' batch: its derivative is summed over what it is shared by.
+            shape = torch.broadcast_shapes(x_less.shape[:-2], self.batch_shape) + x_less.shape[-2:]
+            x_less = x_less.expand(shape) if x_less.requires_grad else x_less.expand(shape).clone().requires_grad_()
+            less = self.product_minus_one(x_less)
             (others,) = torch.autograd.grad(less.sum(), x_less, create_graph=graph)
         return (x_less, less, others) if graph else (x_less.detach(), less.detach(), others)
 
@@ -104,13 +106,13 @@ class FaceDistribution(TorchDistribution):
                 f"{type(self).__name__}.enumerate_support: expected at most {MAX_ENUMERABLE} vertices, got {K}, of "
                 f"which there are {2**K - 1} faces. Use an estimator that draws, such as LeaveOneOut."
             )
-        numbers = torch.arange(1, 2**K, device=self._like.device)
-        faces = (numbers.unsqueeze(-1) >> torch.arange(K, device=self._like.device) & 1).to(self._like.dtype)
+        numbers = torch.arange(1, 2**K, device=self.like.device)
+        faces = (numbers.unsqueeze(-1) >> torch.arange(K, device=self.like.device) & 1).to(self.like.dtype)
         faces = faces.reshape(-1, *(1,) * len(self.batch_shape), K)
         return faces.expand(-1, *self.batch_shape, K) if expand else faces
 
     @property
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
         """A tensor of the dtype and device of values."""
         raise NotImplementedError
 

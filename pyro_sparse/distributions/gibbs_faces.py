@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid, one_hot
 from pyro_sparse._numerics import log1mexpexp
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
 from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.mixed_base import check_expand
 
 
 class GibbsFaces(FaceDistribution):
@@ -68,10 +69,11 @@ class GibbsFaces(FaceDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
         """A view with a larger batch shape."""
+        batch_shape = check_expand("GibbsFaces", self.batch_shape, batch_shape)
         new = self._get_checked_instance(GibbsFaces, _instance)
         new.num_classes = self.num_classes
-        new.scores = self.scores.expand(Size(batch_shape) + self.event_shape)
-        super(GibbsFaces, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        new.scores = self.scores.expand(batch_shape + self.event_shape)
+        super(GibbsFaces, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -80,7 +82,7 @@ class GibbsFaces(FaceDistribution):
         return self if double else GibbsFaces(self.scores.double(), validate_args=False)
 
     @property
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
         return self.scores
 
     @lazy_property
@@ -131,7 +133,8 @@ class GibbsFaces(FaceDistribution):
 
     def entropy(self) -> Tensor:
         r""":math:`A + \log(1 - e^{-A}) - \sum_k m_k \ell_k`, m the marginals."""
-        return -self.expected_log_prob(self.marginals)
+        precise = self.double()  # it cancels
+        return -precise.expected_log_prob(precise.marginals).to(self.scores.dtype)
 
     def expected_log_prob(self, marginals: Tensor) -> Tensor:
         r""":math:`E \log P(f)` under any distribution with these marginals: it is linear in the bits."""
@@ -153,8 +156,9 @@ class GibbsFaces(FaceDistribution):
         :math:`\sigma(\ell)`, its logarithm, :math:`\sigma(-\ell)`, and the log-probability of not being empty, to tilt:
         all ``(*batch, 1, K)`` or ``(*batch, 1)``.
 
-        Where two vertices never come together, to rounding, a larger probability of each changes nothing but the last:
-        so none underflows.
+        Where all are so small that two vertices never come together, to rounding, only their ratios matter: P(f) is
+        :math:`p_k / \sum_j p_j` at the vertices. So all are multiplied by a number, and what they are divided by as
+        well: none underflows.
         """
         least = math.log(torch.finfo(self.scores.dtype).eps) - 3
         log_norm = self._log_not_empty.unsqueeze(-1)
@@ -164,8 +168,7 @@ class GibbsFaces(FaceDistribution):
     def _log_factors(self, log_x: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`\log(1 - p_k + p_k x_k)`, precise near zero, and :math:`p_k x_k`."""
         p, _, q, _ = self._tilt
-        off = p * -torch.expm1(log_x)
-        on = p * log_x.exp()
+        off, on = p * -torch.expm1(log_x), p * log_x.exp()
         little = off < 0.5
         rest = torch.where(little, 1.0, q + on).clamp(min=torch.finfo(p.dtype).tiny)  # it is where that underflows
         return torch.where(little, torch.log1p(-torch.where(little, off, 0.0)), rest.log()), on

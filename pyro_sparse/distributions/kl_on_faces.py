@@ -16,7 +16,7 @@ from torch.distributions.kl import register_kl
 
 from pyro_sparse.distributions.face_dirichlet import FaceDirichlet
 from pyro_sparse.distributions.face_logistic_normal import FaceLogisticNormal
-from pyro_sparse.distributions.face_sums import RandomFace, Sums
+from pyro_sparse.distributions.face_sums import Sums
 from pyro_sparse.distributions.mixed_base import UnknownDivergence
 from pyro_sparse.distributions.mixed_simplex import MixedSimplex
 from pyro_sparse.distributions.on_face import OnFace
@@ -42,7 +42,7 @@ def _dirichlet_logistic_normal(p: FaceDirichlet, q: FaceLogisticNormal, sums: Su
     spread = q.expected_spread(sums, q.loc - torch.digamma(a), torch.polygamma(1, a))
     own = sums.linear(torch.digamma(a) + q.scale.log() + math.log(2 * math.pi) / 2)
     norm = (sums.of(q.precision).log() - math.log(2 * math.pi) + spread) / 2
-    return own - total.digamma(torch.ones_like(a)) + norm - p._entropy(sums)
+    return own - total.digamma(torch.ones_like(a)) + norm - p.entropy_over(sums)
 
 
 _CLOSED_FORMS: dict[tuple[type[OnFace], type[OnFace]], Any] = {
@@ -54,7 +54,8 @@ _CLOSED_FORMS: dict[tuple[type[OnFace], type[OnFace]], Any] = {
 
 def _on_one_face(formula: Any, p: OnFace, q: OnFace) -> Tensor:
     """inf where the faces differ."""
-    kl: Tensor = formula(p, q, p.here)
+    kl: Tensor = formula(p.double(), q.double(), p.here)  # its terms cancel
+    kl = kl.to(torch.result_type(p.like, q.like))
     return torch.where((p.here.inside == q.here.inside).all(-1), kl, math.inf)
 
 
@@ -71,6 +72,7 @@ def _mixed(p: MixedSimplex, q: MixedSimplex) -> Tensor:
             f"{type(p.within).__name__} and {type(q.within).__name__}. A prior of FaceLogisticNormal serves both; "
             "or use an ELBO that draws the KL, such as Trace_ELBO."
         )
-    of_faces = kl_divergence(p.faces, q.faces)  # raises unless both have as many vertices
-    total: Tensor = of_faces + kl(p.within, q.within, RandomFace(p.faces))
-    return total.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    faces, within, sums = p.precise()
+    of_faces = kl_divergence(faces, q.faces)  # raises unless both have as many vertices
+    total: Tensor = of_faces + kl(within, q.within.double(), sums)
+    return total.to(torch.promote_types(p.dtype, q.dtype))

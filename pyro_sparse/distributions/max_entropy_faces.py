@@ -12,6 +12,7 @@ from torch.distributions import Categorical, constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
+from pyro_sparse.distributions.mixed_base import check_expand
 
 
 class MaxEntropyFaces(FaceDistribution):
@@ -56,10 +57,11 @@ class MaxEntropyFaces(FaceDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
         """A view with a larger batch shape."""
+        batch_shape = check_expand("MaxEntropyFaces", self.batch_shape, batch_shape)
         new = self._get_checked_instance(MaxEntropyFaces, _instance)
         new.num_classes = self.num_classes
-        new.bits = self.bits.expand(Size(batch_shape))
-        super(MaxEntropyFaces, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        new.bits = self.bits.expand(batch_shape)
+        super(MaxEntropyFaces, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -68,7 +70,7 @@ class MaxEntropyFaces(FaceDistribution):
         return self if double else MaxEntropyFaces(self.num_classes, self.bits.double(), validate_args=False)
 
     @property
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
         return self.bits
 
     @lazy_property
@@ -127,11 +129,11 @@ class MaxEntropyFaces(FaceDistribution):
     def entropy(self) -> Tensor:
         return -(self.size_log_probs.exp() * self.face_log_probs).sum(-1)
 
-    def less_one(self, x_less: Tensor) -> Tensor:
+    def product_minus_one(self, x_minus_one: Tensor) -> Tensor:
         """By the mean over the faces of each size among the first vertices, one vertex more at a time; O(K^2)."""
-        n = torch.arange(self.num_classes + 1, dtype=x_less.dtype, device=x_less.device)
-        mean = torch.zeros_like(x_less[..., :1]).expand(*x_less.shape[:-1], self.num_classes + 1)
-        for k, one in enumerate(x_less.split(1, -1), start=1):
+        n = torch.arange(self.num_classes + 1, dtype=x_minus_one.dtype, device=x_minus_one.device)
+        mean = torch.zeros_like(x_minus_one[..., :1]).expand(*x_minus_one.shape[:-1], self.num_classes + 1)
+        for k, one in enumerate(x_minus_one.split(1, -1), start=1):
             with_it = torch.nn.functional.pad(mean[..., :-1], (1, 0))
             share = (n / k).clamp(max=1.0)  # of the faces of size n, those that have the vertex
             mean = (1 - share) * mean + share * (with_it + one + one * with_it)

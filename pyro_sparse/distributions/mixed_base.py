@@ -24,7 +24,7 @@ class MixedBase(TorchDistribution):
     A distribution with probability on sets of measure zero, and a density on what lies between: its log-density jumps,
     so that its draws are not reparameterised, or only in part.
 
-    A family implements :meth:`_draw`, :meth:`_pathwise` and, where more than nothing of a draw is differentiable
+    A family implements :meth:`_draw`; where a draw can be purely pathwise, :meth:`_pathwise`; and where it is pathwise
     beside a score function, :meth:`_stratified`.
     """
 
@@ -70,13 +70,7 @@ class MixedBase(TorchDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
         """A view with a larger batch shape; flags are kept."""
-        batch_shape = Size(batch_shape)
-        old = (1,) * (len(batch_shape) - len(self._batch_shape)) + self._batch_shape
-        if len(old) > len(batch_shape) or any(a not in (1, b) for a, b in zip(old, batch_shape, strict=True)):
-            raise ValueError(
-                f"{type(self).__name__}.expand: expected a shape that {tuple(self._batch_shape)} broadcasts to, got "
-                f"{tuple(batch_shape)}. Only dims of size one, or new ones on the left, can grow."
-            )
+        batch_shape = check_expand(type(self).__name__, self._batch_shape, batch_shape)
         new: MixedBase = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         for name in self._tensors:
@@ -97,3 +91,14 @@ class MixedBase(TorchDistribution):
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """The rightmost batch dims become event dims, with the same draws and score parts."""
         return IndependentMixed.of(self, reinterpreted_batch_ndims)
+
+
+def check_expand(owner: str, old: Size, new: Sequence[int]) -> Size:
+    """The new batch shape; raises unless the old one broadcasts to it."""
+    padded = (1,) * (len(new) - len(old)) + old
+    if len(padded) > len(new) or any(a not in (1, b) for a, b in zip(padded, new, strict=True)):
+        raise ValueError(
+            f"{owner}.expand: expected a shape that {tuple(old)} broadcasts to, got {tuple(new)}. Only dims of size "
+            "one, or new ones on the left, can grow."
+        )
+    return Size(new)

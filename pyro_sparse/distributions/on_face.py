@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,10 @@ from torch import Size, Tensor
 
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex
-from pyro_sparse.distributions.face_sums import OneFace, RandomFace, Sums
-from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
+from pyro_sparse.distributions.face_sums import OneFace, Sums
+from pyro_sparse.distributions.faces import num_vertices
 from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.mixed_base import check_expand
 
 
 class OnFace(TorchDistribution):
@@ -40,12 +41,14 @@ class OnFace(TorchDistribution):
             got = "numbers" if like is None else f"a tensor of {like.dtype}"
             raise TypeError(f"{name}: expected a floating-point tensor of K parameters, got {got}. Say torch.ones(K).")
         tensors = {key: torch.as_tensor(p, dtype=like.dtype, device=like.device) for key, p in parameters.items()}
-        shape = torch.broadcast_shapes(*(p.shape for p in tensors.values()))
+        shapes = {key: p.shape for key, p in tensors.items()} | ({} if face is None else {"face": face.shape})
+        try:
+            shape = torch.broadcast_shapes(*shapes.values())
+        except RuntimeError as error:
+            got = ", ".join(f"{key} {tuple(x)}" for key, x in shapes.items())
+            raise ValueError(f"{name}: expected shapes that broadcast, got {got}. Give all the same K.") from error
         num_vertices(name, shape)
-        if face is not None:
-            num_vertices(name, face.shape)
-            shape = torch.broadcast_shapes(shape, face.shape)
-            face = face.expand(shape)
+        face = None if face is None else face.expand(shape)
         self.face = face
         for key, p in tensors.items():
             p = p.expand(shape)
@@ -79,17 +82,19 @@ class OnFace(TorchDistribution):
 
     def at(self, face: Tensor) -> Any:
         """As :meth:`on`, for a face that is known to be one."""
-        return self._placed(face, Size())
+        return self._with(face, lambda p: p)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
         """A view with a larger batch shape."""
-        return self._placed(self.face, Size(batch_shape))
+        shape = check_expand(type(self).__name__, self.batch_shape, batch_shape) + self.event_shape
+        return self._with(self.face, lambda p: p.expand(shape))
 
-    def _placed(self, face: Tensor | None, batch_shape: Size) -> Any:
-        shape = batch_shape + self.event_shape
-        parameters = {name: getattr(self, name) for name in self._tensors}
-        if batch_shape:
-            parameters = {name: p.expand(shape) for name, p in parameters.items()}
+    def double(self) -> Any:
+        """The same in float64."""
+        return self._with(self.face, Tensor.double)
+
+    def _with(self, face: Tensor | None, change: Callable[[Tensor], Tensor]) -> Any:
+        parameters = {name: change(getattr(self, name)) for name in self._tensors}
         new: OnFace = object.__new__(type(self))
         OnFace.__init__(new, face, False, **parameters)
         new._validate_args = self._validate_args
@@ -136,29 +141,30 @@ class OnFace(TorchDistribution):
     @property
     def here(self) -> OneFace:
         """Sums over the vertices of the face."""
-        return OneFace(getattr(self, self._tensors[0]).new_ones(self.event_shape) if self.face is None else self.face)
+        return OneFace(self.like.new_ones(self.event_shape) if self.face is None else self.face)
 
-    def _entropy(self, sums: Sums) -> Tensor:
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device of values."""
+        tensor: Tensor = getattr(self, self._tensors[0])
+        return tensor
+
+    def entropy_over(self, sums: Sums) -> Tensor:
+        """The entropy on a known face, or on average over a random one, ``batch_shape``."""
         raise NotImplementedError
 
-    def _mean(self, sums: Sums) -> Tensor:
+    def mean_over(self, sums: Sums) -> Tensor:
+        """The mean on a known face, or on average over a random one, ``(*batch, K)``."""
         raise NotImplementedError
 
     def entropy(self) -> Tensor:
         """On the face, in nats; zero at a vertex."""
-        return self._entropy(self.here)
+        entropy: Tensor = self.double().entropy_over(self.here)  # its terms cancel
+        return entropy.to(self.like.dtype)
 
     @property
     def mean(self) -> Tensor:
-        return self._mean(self.here)
-
-    def expected_entropy(self, faces: FaceDistribution) -> Tensor:
-        """The entropy on a random face, on average, ``batch_shape``."""
-        return self._entropy(RandomFace(faces))
-
-    def expected_mean(self, faces: FaceDistribution) -> Tensor:
-        """The mean of a point on a random face, ``(*batch, K)``."""
-        return self._mean(RandomFace(faces))
+        return self.mean_over(self.here)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {tuple(getattr(self, name).shape)}" for name in self._tensors)

@@ -320,6 +320,21 @@ def test_a_pathwise_draw_with_atoms_is_trusted_with_an_analytic_kl_only() -> Non
     assert "Reference: none" in str(alone) and alone.estimators["drawn"].bias is None
 
 
+def test_a_pathwise_draw_on_the_simplex_is_not_trusted_either() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", sdist.GaussianSparsemax(torch.zeros(2), 1.0))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([0.5, 0.0]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", sdist.GaussianSparsemax(loc, 1.0).has_rsample_(True))
+
+    r = report(model=model, guide=guide, estimators={"drawn": Trace_ELBO()}, num_samples=10)
+    assert "has_rsample_(True) at 'z'" in str(r) and r.estimators["drawn"].bias is None
+
+
 def test_a_program_that_branches_is_enumerated_outcome_by_outcome() -> None:
     def branching(x: Tensor) -> None:
         z = pyro.sample("z", dist.Bernoulli(0.5))

@@ -78,3 +78,16 @@ def log_faces(K: int, bits: float) -> float:
     n = torch.arange(1, K + 1, dtype=torch.float64)
     log_counts = math.lgamma(K + 1) - torch.lgamma(n + 1) - torch.lgamma(K - n + 1)
     return float((log_counts + bits * math.log(2) * (n - 1) - torch.lgamma(n)).logsumexp(0))
+
+
+def close(a: Tensor, b: Tensor, tol: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+def attached(p: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.clone().requires_grad_() for name, x in p.items()}
+
+
+def every_face(d: Any) -> tuple[Tensor, Tensor]:
+    faces = d.faces.enumerate_support()
+    return faces, d.faces.log_prob(faces).exp()

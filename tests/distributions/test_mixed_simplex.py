@@ -10,8 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy.stats import chisquare
-from simplex_zoo import KINDS, all_faces, log_faces, make, points, random_parameters
-from torch import Tensor
+from simplex_zoo import KINDS, all_faces, attached, close, every_face, log_faces, make, points, random_parameters
 from torch.distributions import biject_to, kl_divergence, transform_to
 
 from pyro_sparse.distributions import (
@@ -24,24 +23,10 @@ from pyro_sparse.distributions import (
     MixedSimplex,
     mixed_simplex,
 )
-from pyro_sparse.distributions.face_sums import RandomFace
 from pyro_sparse.testing import check_distribution
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 FACE = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
-
-
-def close(a: Tensor, b: Tensor, tol: float = 1e-10) -> None:
-    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
-
-
-def attached(p: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.clone().requires_grad_() for name, x in p.items()}
-
-
-def every_face(d: Any) -> tuple[Tensor, Tensor]:
-    faces = d.faces.enumerate_support()
-    return faces, d.faces.log_prob(faces).exp()
 
 
 # On one face.
@@ -264,83 +249,6 @@ def test_largest_entropy() -> None:
     s = torch.linspace(-3, 3, 601, dtype=torch.float64).unsqueeze(-1).expand(-1, 10)
     best = MixedDirichlet(s, torch.ones(10, dtype=torch.float64)).entropy().max()
     assert 5.0 < best < log_faces(10, 0.0)
-
-
-# Numerics.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["MixedDirichlet", "MixedLogisticNormal"])
-def test_extremes_are_finite(kind: str, dtype: torch.dtype) -> None:
-    scores = torch.tensor([[50.0] * 5, [-50.0] * 5, [50.0, -50.0, 0.0, 0.5, -1.0]], dtype=dtype)
-    concentration = torch.tensor([1e-3, 1.0, 1e4, 30.0, 0.1], dtype=dtype)
-    scale = torch.tensor([1e-3, 1e3, 1.0, 1e3, 1e-3], dtype=dtype)
-    for roll, constant in itertools.product(range(5), (False, True)):
-        p = {
-            "scores": scores,
-            "concentration": concentration.roll(roll)[:1].expand(5) if constant else concentration.roll(roll),
-            "loc": torch.tensor([50.0, -50.0, 0.0, 3.0, -1.0], dtype=dtype),
-            "scale": scale.roll(roll)[:1].expand(5) if constant else scale.roll(roll),
-        }
-        p = attached(p)
-        d, prior = make(kind, p), make(kind, {n: x.to(dtype)[0] for n, x in random_parameters(5).items()})
-        small = torch.full((5,), 1e-38, dtype=dtype)
-        small[2] = 1.0
-        results = {
-            "log_prob": d.log_prob(small.requires_grad_()),
-            "log_prob of a draw": d.log_prob(d().detach()),
-            "entropy": d.entropy(),
-            "kl": kl_divergence(d, prior),
-            "reverse kl": kl_divergence(prior, d),
-            "mean": d.mean,
-            "draw": d(),
-        }
-        for name, result in results.items():
-            assert result.isfinite().all(), (name, p, result)
-            gradients = torch.autograd.grad(result.sum(), [*p.values()], allow_unused=True, retain_graph=True)
-            assert all(not g.isnan().any() for g in gradients if g is not None), (name, p, gradients)
-        assert not torch.autograd.grad(results["log_prob"].sum(), small)[0].isnan().any()
-
-
-LARGE = [pytest.param(kind, 200, marks=pytest.mark.slow if "LogisticNormal" in kind else []) for kind in KINDS]
-
-
-@pytest.mark.parametrize(("kind", "K"), [*itertools.product(KINDS, (3, 10)), *LARGE])
-def test_float32(kind: str, K: int) -> None:
-    p = {name: x.float().double() for name, x in random_parameters(K).items()}
-    if K == 200 and "LogisticNormal" in kind:
-        p = {name: x[:1] for name, x in p.items()}  # an O(K^2) quadrature
-    q = {name: x.float().double() for name, x in random_parameters(K, seed=1).items()}
-    d, prior = make(kind, p), make(kind, q)
-    d32, prior32 = (make(kind, {name: x.float() for name, x in r.items()}) for r in (p, q))
-    y = d.sample().float()
-    pairs = [
-        (d32.log_prob(y), d.log_prob(y.double())),
-        (d32.entropy(), d.entropy()),
-        (kl_divergence(d32, prior32), kl_divergence(d, prior)),
-        (d32.mean, d.mean),
-    ]
-    for a, b in pairs:
-        assert a.isfinite().all() and a.dtype == torch.float32
-        # An entropy is a sum over K vertices, and as precise as that.
-        torch.testing.assert_close(a.detach().double(), b, rtol=1e-5, atol=1e-6 * K)
-
-
-@pytest.mark.parametrize(("least", "most"), [(0.3, 3.0), (1e-3, 1.0), (1e3, 1e4), (1e-3, 1e4)])
-def test_the_integral_over_faces(least: float, most: float) -> None:
-    """To 1e-11 of values that are above one, over seven decades."""
-    g = torch.Generator().manual_seed(0)
-    a = least * (most / least) ** torch.rand(5, 8, generator=g, dtype=torch.float64)
-    faces = GibbsFaces(2 * torch.randn(5, 8, generator=g, dtype=torch.float64))
-    c = torch.randn(5, 8, generator=g, dtype=torch.float64)
-    f = faces.enumerate_support()
-    p, total, weighted = faces.log_prob(f).exp(), (f * a).sum(-1), (f * c).sum(-1)
-    ours = RandomFace(faces).of(a)
-    close(ours.log_gamma(), (p * torch.lgamma(total)).sum(0), 1e-11)
-    close(ours.digamma(c), (p * weighted * torch.digamma(total)).sum(0), 1e-11)
-    close(ours.log(), (p * total.log()).sum(0), 1e-11)
-    torch.testing.assert_close(ours.reciprocal(), (p.unsqueeze(-1) * f / total.unsqueeze(-1)).sum(0), rtol=1e-9, atol=0)
-    torch.testing.assert_close(ours.square_over(c), (p * weighted.square() / total).sum(0), rtol=1e-9, atol=0)
 
 
 # What is refused.
