@@ -119,8 +119,20 @@ TOO_MANY = {
 }
 
 
-# The slow suite has this one, too: two runs for each gradient.
-@pytest.mark.parametrize("name", [name for name in UNBIASED if name != "leave-one-out, one by one"])
+# These take seconds each: the slow suite has them, on all models.
+LONG = (
+    "leave-one-out, one by one",
+    "Rao-Blackwell, two in the tail",
+    "DisARM",
+    "VIMCO",
+    "unordered set",
+    "local expectation",
+    "MuProp",
+    "double control variate",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in UNBIASED if name not in LONG])
 def test_unbiased(name: str) -> None:
     make, refused = UNBIASED[name]
     served = [m for m in SMALL if MODELS[m].kind not in refused and m not in TOO_MANY.get(name, ())]
