@@ -19,6 +19,11 @@ from pyro_sparse.distributions.gibbs_faces import GibbsFaces
 from pyro_sparse.distributions.mixed_base import MixedBase
 from pyro_sparse.distributions.on_face import OnFace
 
+_NO_RSAMPLE = (
+    "expected a variable without a discrete part, got one whose face is discrete: a pathwise gradient alone would "
+    "never learn it. Leave has_rsample False, which is right under Trace_ELBO, TraceGraph_ELBO and EstimatorELBO."
+)
+
 
 class MixedSimplex(MixedBase):
     r"""
@@ -159,12 +164,6 @@ class MixedSimplex(MixedBase):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.faces}, {self.within})"
-
-
-_NO_RSAMPLE = (
-    "expected a variable without a discrete part, got one whose face is discrete: a pathwise gradient alone would "
-    "never learn it. Leave has_rsample False, which is right under Trace_ELBO, TraceGraph_ELBO and EstimatorELBO."
-)
 
 
 def check_parts(owner: str, faces: Any, within: Any) -> None:

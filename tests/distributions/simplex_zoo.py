@@ -81,7 +81,7 @@ def log_faces(K: int, bits: float) -> float:
 
 
 def close(a: Tensor, b: Tensor, tol: float = 1e-10) -> None:
-    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+    torch.testing.assert_close(a.double(), b.double(), rtol=tol, atol=tol)
 
 
 def attached(p: dict[str, Tensor]) -> dict[str, Tensor]:

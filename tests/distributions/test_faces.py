@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy.stats import chisquare
+from simplex_zoo import all_faces, close
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -19,10 +20,6 @@ from pyro_sparse.distributions.gibbs_faces import log_poisson_binomial
 from pyro_sparse.estimators import Exact, RaoBlackwell
 from pyro_sparse.testing import check_distribution, check_estimator
 from pyro_sparse.testing.estimator_models import EstimatorModel
-
-
-def all_faces(K: int) -> Tensor:
-    return torch.tensor([f for f in itertools.product([0.0, 1.0], repeat=K) if any(f)], dtype=torch.float64)
 
 
 def gibbs(scores: Tensor) -> Tensor:
@@ -54,10 +51,6 @@ for K, bits in ((2, 0.0), (3, 4.0), (6, -2.0), (6, 0.0), (5, 30.0)):
         max_entropy(K, torch.tensor(bits, dtype=torch.float64)),
     )
 each = pytest.mark.parametrize("name", CASES)
-
-
-def close(a: Tensor, b: Tensor, tol: float = 1e-10) -> None:
-    torch.testing.assert_close(a.double(), b.double(), rtol=tol, atol=tol)
 
 
 @each
