@@ -134,7 +134,7 @@ class _RandomTotal(Total):
 
     (Malmsten; Gauss; Frullani). The expectation over faces moves inside, where :math:`E e^{-St}` is a product over the
     vertices: no sum over :math:`2^K` faces. With a between 1e-3 and 1e4 side by side, 80 nodes give 1e-12, relative to
-    values above one, and 44 nodes 1e-6; where all are between 0.1 and 100, 1e-15 and 1e-11.
+    values above one, and 44 nodes 1e-6; between 0.1 and 100, 1e-13 and 1e-11.
     """
 
     def __init__(self, sums: RandomFace, a: Tensor, nodes: int) -> None:
