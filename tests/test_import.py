@@ -105,3 +105,15 @@ def test_public_names_exist_once(room: str) -> None:
 def test_public_names_are_documented(room: str) -> None:
     module = importlib.import_module(room)
     assert [name for name in module.__all__ if not getattr(module, name).__doc__] == []
+
+
+def test_what_needs_torch_only_does_not_bring_pyro() -> None:
+    script = "import sys, pyro_sparse.projections, pyro_sparse.estimators; assert 'pyro' not in sys.modules"
+    script += "; from pyro_sparse import sample_mixed; assert 'pyro' in sys.modules"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_unknown_attributes_are_named() -> None:
+    with pytest.raises(AttributeError, match="module 'pyro_sparse' has no attribute 'sample_mix'"):
+        _ = pyro_sparse.sample_mix

@@ -244,3 +244,15 @@ def test_shapes_that_do_not_fit() -> None:
 def test_rounding_of_many_coordinates_is_forgiven() -> None:
     y = torch.full((200,), 1 / 200, dtype=torch.float32)
     assert mixed_simplex.check(y * (1 + 5e-6)) and not mixed_simplex.check(y * (1 + 1e-3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_a_device_or_leaves_it(kind: str) -> None:
+    """A tensor without data cannot be looked at, nor be mixed with one that is elsewhere."""
+    p = {name: torch.ones_like(x, device="meta") for name, x in random_parameters(4).items()}
+    with pyro.validation_enabled(False):
+        d, q = make(kind, attached(p)), make("MixedLogisticNormal", p)
+        y = d()
+        for result in (y, d.log_prob(y), d.entropy(), d.mean, kl_divergence(d, q), d.faces.sample(), d.faces.entropy()):
+            assert result.device.type == "meta"
+        torch.autograd.grad(kl_divergence(d, q).sum() + d.log_prob(y.detach()).sum(), [d.within.like])
