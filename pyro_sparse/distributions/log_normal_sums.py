@@ -2,7 +2,9 @@ r"""Sums of log-normal variables over a random set of them: what a logistic-norm
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from pyro_sparse.distributions.face_sums import Sums
 
 _BREAKS = 330  # at most; with up to 64 variables each has its own
 _NODES = 14  # on each panel: 1e-10
+_CHUNK = 1 << 15  # numbers at a time: what a processor's cache holds
 
 
 class LogNormalSums:
@@ -25,7 +28,7 @@ class LogNormalSums:
 
     Inside, :math:`E \exp(-e^s S)` is a product over the vertices of integrals over one normal variable. In float64
     whatever the dtype, to 1e-8 for scales between 1e-3 and 1e3 side by side. O(K^2) for up to 64 vertices; beyond,
-    O(K), and as good only where their locs are not many scales apart.
+    O(K), and as good only where their locs are not many scales apart. It looks at the scales, which waits for a GPU.
 
     Args:
         face: f.
@@ -71,16 +74,12 @@ class LogNormalSums:
 class _Laplace(torch.autograd.Function):
     r"""
     :math:`E \exp(-e^u)` and :math:`E e^u \exp(-e^u)` for :math:`u = m + \sigma \epsilon`, elementwise: node by node, so
-    that memory does not grow with their number. For small scales by the trapezoid rule over :math:`\epsilon`; for large
-    ones :math:`\exp(-e^u)` is the probability that a Gumbel variable G is above u, so that the normal variable is
-    integrated first: :math:`E\,\Phi((G - m) / \sigma)`.
+    that memory does not grow with their number.
     """
 
     @staticmethod
     def forward(ctx: Any, m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        narrow, wide = scale.clamp(max=1.0), scale.clamp(min=1.0)
-        chosen = [torch.where(scale > 1, b, a) for a, b in zip(_narrow(m, narrow), _wide(m, wide), strict=True)]
-        zero, first, *slopes = chosen
+        zero, first, *slopes = _expectations(m, scale, any(ctx.needs_input_grad))
         ctx.save_for_backward(first, *slopes)
         return zero, first
 
@@ -96,31 +95,45 @@ def _laplace(m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return result
 
 
-def _narrow(m: Tensor, scale: Tensor) -> list[Tensor]:
-    """The two expectations, and the derivatives of the first by scale, of the second by m and by scale."""
-    sums = [torch.zeros_like(m) for _ in range(5)]
-    step = 0.35
-    for i in range(-25, 26):
-        eps = i * step
-        weight = step * math.exp(-eps * eps / 2) / math.sqrt(2 * math.pi)
+def _expectations(m: Tensor, scale: Tensor, slopes: bool) -> Tensor:
+    """The two, and with slopes the derivatives of the first by scale, of the second by m and by scale: stacked."""
+    flat_m, flat_scale = m.flatten(), scale.flatten()
+    result = m.new_empty(5 if slopes else 2, m.numel())
+    for rule, chosen in ((_narrow, flat_scale <= 1), (_wide, flat_scale > 1)):
+        for part in chosen.nonzero().squeeze(-1).split(_CHUNK):
+            values = rule(flat_m[part], flat_scale[part])
+            result[:, part] = sum(torch.stack(list(itertools.islice(v, len(result)))) for v in values)
+    return result.unflatten(-1, m.shape)
+
+
+def _narrow(m: Tensor, scale: Tensor) -> Iterator[Iterator[Tensor]]:
+    r"""For scales up to 1: the trapezoid rule over :math:`\epsilon`, a summand of each of the five at every node."""
+
+    def summands(eps: float) -> Iterator[Tensor]:
         u = (m + scale * eps).clamp(max=6.0).exp()  # beyond, exp(-e^u) is nothing
-        zero = weight * (-u).exp()
+        zero = (step * math.exp(-eps * eps / 2) / math.sqrt(2 * math.pi)) * (-u).exp()
         first = u * zero
+        yield from (zero, first)
         second = first * (1 - u)
-        for total, value in zip(sums, (zero, first, -eps * first, second, eps * second), strict=True):
-            total += value
-    return sums
+        yield from (-eps * first, second, eps * second)
+
+    step = 0.35
+    return (summands(i * step) for i in range(-25, 26))
 
 
-def _wide(m: Tensor, scale: Tensor) -> list[Tensor]:
-    sums = [torch.zeros_like(m) for _ in range(5)]
-    # The density of G = log t is t exp(-t), with respect to dt / t.
-    t, weights = decaying_rule(m.new_tensor(45.0), 72)
-    for log_t, weight in zip(t.log(), weights * t * (-t).exp(), strict=True):
+def _wide(m: Tensor, scale: Tensor) -> Iterator[Iterator[Tensor]]:
+    r"""
+    For scales above 1: :math:`\exp(-e^u)` is the probability that a Gumbel variable G is above u, so that the normal
+    variable may be integrated first. It leaves :math:`E\,\Phi((G - m) / \sigma)`.
+    """
+
+    def summands(log_t: Tensor, weight: Tensor) -> Iterator[Tensor]:
         z = (log_t - m) / scale
         density = weight * (-z.square() / 2).exp() / (math.sqrt(2 * math.pi) * scale)
+        yield from (weight * torch.special.ndtr(z), density)
         by_m = density * z / scale
-        zero, by_scale = weight * torch.special.ndtr(z), by_m * z - density / scale
-        for total, value in zip(sums, (zero, density, -density * z, by_m, by_scale), strict=True):
-            total += value
-    return sums
+        yield from (-density * z, by_m, by_m * z - density / scale)
+
+    # The density of G = log t is t exp(-t), with respect to dt / t.
+    t, weights = decaying_rule(m.new_tensor(45.0), 72)
+    return (summands(*node) for node in zip(t.log(), weights * t * (-t).exp(), strict=True))
