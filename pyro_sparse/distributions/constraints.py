@@ -2,6 +2,7 @@ r"""Where mixed random variables live, and why no bijection leads there."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -92,6 +93,12 @@ def check_compositions(owner: str, value: Tensor, num_classes: int) -> None:
             f"{owner}.log_prob: expected rows that are non-negative and sum to one, got one with minimum "
             f"{row.min():.4g} and sum {row.sum():.8g}. Divide amounts by their sum: y / y.sum(-1, keepdim=True)."
         )
+
+
+def on_simplex_only(log_prob: Tensor, value: Tensor, ok: Tensor) -> Tensor:
+    """The log-probabilities where the rows of a value are ok, -inf elsewhere, NaN where they have one."""
+    outside = torch.where(value.isnan().any(-1), math.nan, -math.inf).to(log_prob.dtype)
+    return torch.where(ok, log_prob, outside)
 
 
 #: compositions, zeros included: the simplex where all faces have probability

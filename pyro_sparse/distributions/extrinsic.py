@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex
+from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex, on_simplex_only
 from pyro_sparse.distributions.faces import num_vertices
 from pyro_sparse.distributions.mixed_base import MixedBase
 from pyro_sparse.projections import sparsemax
@@ -28,17 +27,7 @@ class ExtrinsicSimplex(MixedBase):
     def __init__(self, shape: Size, validate_args: bool | None) -> None:
         """``shape`` is that of a draw, the vertices last."""
         num_vertices(type(self).__name__, shape)
-        # Not torch's validation, which knows no parameter that is a number: a family checks its own.
-        super().__init__(shape[:-1], shape[-1:], validate_args=False)
-        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
-
-    def _check_floating(self, **parameters: Any) -> None:
-        # Broadcasting would turn a number beside an integer tensor into an integer.
-        for name, value in parameters.items():
-            if isinstance(value, Tensor) and not value.is_floating_point():
-                raise TypeError(
-                    f"{type(self).__name__}.{name}: expected a floating-point tensor, got {value.dtype}. Use .float()."
-                )
+        super().__init__(shape[:-1], shape[-1:], validate_args)
 
     def _dense(self, shape: Size) -> Tensor:
         """What is projected, a draw of this full shape, differentiable in the parameters."""
@@ -64,11 +53,11 @@ class ExtrinsicSimplex(MixedBase):
         """
         if self._validate_args:
             check_compositions(type(self).__name__, value, self._event_shape[0])
-        ok = self.support.check(value)
-        log_prob = self._log_density(torch.where(ok.unsqueeze(-1), value, 1 / value.shape[-1]))
-        if not self._validate_args:
-            outside = torch.where(value.isnan().any(-1), math.nan, -math.inf).to(log_prob.dtype)
-            log_prob = torch.where(ok, log_prob, outside)
+            log_prob = self._log_density(value)
+        else:
+            ok = self.support.check(value)
+            log_prob = self._log_density(torch.where(ok.unsqueeze(-1), value, 1 / value.shape[-1]))
+            log_prob = on_simplex_only(log_prob, value, ok)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self._batch_shape))
 
     def _unknown(self, name: str, instead: str) -> NotImplementedError:

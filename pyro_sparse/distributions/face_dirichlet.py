@@ -64,8 +64,8 @@ class FaceDirichlet(OnFace):
         return torch._standard_gamma(a + 1).log() - torch.empty_like(a).exponential_() / a
 
     def _log_density(self, log_y: Tensor) -> Tensor:
-        a = self.concentration
-        return self.here.masked((a - 1) * log_y - torch.lgamma(a)).sum(-1) + self.here.of(a).log_gamma()
+        a, here = self.concentration, self.here
+        return here.linear((a - 1) * log_y - torch.lgamma(a)) + here.of(a).log_gamma()
 
     def entropy_over(self, sums: Sums) -> Tensor:
         r""":math:`\sum_k [\ln\Gamma(\alpha_k) - (\alpha_k - 1)\psi(\alpha_k)] - \ln\Gamma(\alpha_0)
@@ -80,5 +80,4 @@ class FaceDirichlet(OnFace):
     @property
     def variance(self) -> Tensor:
         mean = self.mean
-        total = self.here.masked(self.concentration).sum(-1, keepdim=True)
-        return mean * (1 - mean) / (total + 1)
+        return mean * (1 - mean) / (self.here.linear(self.concentration).unsqueeze(-1) + 1)

@@ -80,12 +80,11 @@ class FaceLogisticNormal(OnFace):
         return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def _log_density(self, log_y: Tensor) -> Tensor:
-        w = self.here.masked(self.precision)
-        total = w.sum(-1)
-        d = self.here.masked(self.loc - log_y)
-        mean = (w * d).sum(-1, keepdim=True) / total.unsqueeze(-1)
-        spread = (w * (d - mean).square()).sum(-1)
-        logs = self.here.masked(log_y + self.scale.log() + _LOG_2PI / 2).sum(-1)
+        here, w, d = self.here, self.precision, self.loc - log_y
+        total = here.linear(w)
+        mean = here.linear(w * d) / total
+        spread = here.linear(w * (d - mean.unsqueeze(-1)).square())
+        logs = here.linear(log_y + self.scale.log() + _LOG_2PI / 2)
         return (_LOG_2PI - total.log() - spread) / 2 - logs
 
     def entropy_over(self, sums: Sums) -> Tensor:

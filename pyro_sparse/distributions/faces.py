@@ -6,20 +6,22 @@ zero. What the families share.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_sparse.distributions.constraints import face
+from pyro_sparse.distributions.mixed_base import check_expand
 
 MAX_ENUMERABLE = 12  # vertices: 4095 faces
 
 
 class FaceDistribution(TorchDistribution):
     """
-    What the families share. One has ``num_classes`` vertices, :meth:`log_prob`, :meth:`sample`, :meth:`entropy`,
-    :attr:`marginals`, :attr:`mode` and :attr:`size_log_probs`.
+    What the families share. One has ``num_classes`` vertices and one parameter, :attr:`like`; :meth:`log_mass`,
+    :meth:`sample`, :meth:`entropy`, :attr:`marginals`, :attr:`mode` and :attr:`size_log_probs`.
     """
 
     support = face
@@ -40,9 +42,30 @@ class FaceDistribution(TorchDistribution):
         r""":math:`\log P(|F| = n)` for n = 1, ..., K, ``(*batch, K)``."""
         raise NotImplementedError
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-probability of faces, as bits, ``(*batch, K)``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.log_mass(value)
+
+    def log_mass(self, value: Tensor) -> Tensor:
+        """As :meth:`log_prob`, of what is known to be a face."""
+        raise NotImplementedError
+
+    def _remade(self, parameter: Tensor) -> FaceDistribution:
+        """The same family with another parameter, which needs no check."""
+        raise NotImplementedError
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+        """A view with a larger batch shape."""
+        batch_shape = check_expand(type(self).__name__, self.batch_shape, batch_shape)
+        new = self._remade(self.like.expand(batch_shape + self.like.shape[len(self.batch_shape) :]))
+        new._validate_args = self._validate_args
+        return new
+
     def double(self) -> FaceDistribution:
         """The same distribution in float64."""
-        raise NotImplementedError
+        return self if self.like.dtype == torch.float64 else self._remade(self.like.double())
 
     def product_minus_one(self, x_minus_one: Tensor) -> Tensor:
         r""":math:`E \prod_k x_k^{f_k} - 1` for :math:`x_k - 1` in (-1, 0], ``(*batch, nodes, K)``: nothing cancels."""
@@ -113,7 +136,7 @@ class FaceDistribution(TorchDistribution):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the dtype and device of values."""
+        """The parameter, which has the dtype and device of values."""
         raise NotImplementedError
 
 

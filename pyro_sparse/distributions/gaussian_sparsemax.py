@@ -12,7 +12,7 @@ from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log_ndtr, panels
 from pyro_sparse.distributions.extrinsic import ExtrinsicSimplex
-from pyro_sparse.distributions.mixed import check_finite, check_positive
+from pyro_sparse.distributions.mixed import check_finite, check_floating, check_positive
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -71,7 +71,8 @@ class GaussianSparsemax(ExtrinsicSimplex):
     _tensors = ("loc", "scale")
 
     def __init__(self, loc: float | Tensor, scale: float | Tensor, *, validate_args: bool | None = None) -> None:
-        self._check_floating(loc=loc, scale=scale)
+        check_floating(type(self).__name__, "loc", loc)
+        check_floating(type(self).__name__, "scale", scale)
         self.loc, self.scale = broadcast_all(loc, scale)
         super().__init__(self.loc.shape, validate_args)
         if self._validate_args:

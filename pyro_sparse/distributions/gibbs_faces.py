@@ -14,8 +14,7 @@ from torch.nn.functional import logsigmoid, one_hot
 
 from pyro_sparse._numerics import log1mexpexp
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
-from pyro_sparse.distributions.mixed import checked
-from pyro_sparse.distributions.mixed_base import check_expand
+from pyro_sparse.distributions.mixed import check_floating, checked
 
 
 class GibbsFaces(FaceDistribution):
@@ -54,8 +53,7 @@ class GibbsFaces(FaceDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {"scores": constraints.real_vector}
 
     def __init__(self, scores: Tensor, *, validate_args: bool | None = None) -> None:
-        if not scores.is_floating_point():
-            raise TypeError(f"GibbsFaces.scores: expected a floating-point tensor, got {scores.dtype}. Use .float().")
+        check_floating("GibbsFaces", "scores", scores)
         self.scores = scores
         self.num_classes = num_vertices("GibbsFaces", scores.shape)
         super().__init__(scores.shape[:-1], scores.shape[-1:], validate_args=validate_args)
@@ -67,19 +65,8 @@ class GibbsFaces(FaceDistribution):
                 "GibbsFaces", "scores", -math.inf, bool(some.all()), "a vertex with a score above -inf", "Allow one."
             )
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
-        """A view with a larger batch shape."""
-        batch_shape = check_expand("GibbsFaces", self.batch_shape, batch_shape)
-        new = self._get_checked_instance(GibbsFaces, _instance)
-        new.num_classes = self.num_classes
-        new.scores = self.scores.expand(batch_shape + self.event_shape)
-        super(GibbsFaces, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    def double(self) -> GibbsFaces:
-        double = self.scores.dtype == torch.float64
-        return self if double else GibbsFaces(self.scores.double(), validate_args=False)
+    def _remade(self, parameter: Tensor) -> GibbsFaces:
+        return GibbsFaces(parameter, validate_args=False)
 
     @property
     def like(self) -> Tensor:
@@ -100,10 +87,8 @@ class GibbsFaces(FaceDistribution):
         )
         return log1mexpexp(log_softplus.logsumexp(-1))
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_mass(self, value: Tensor) -> Tensor:
         r""":math:`\sum_k f_k \ell_k - A - \log(1 - e^{-A})`."""
-        if self._validate_args:
-            self._validate_sample(value)
         return torch.where(value > 0, self._logits, 0.0).sum(-1) - softplus(self._logits).sum(-1) - self._log_not_empty
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:

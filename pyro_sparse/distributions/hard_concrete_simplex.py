@@ -12,7 +12,7 @@ from torch.distributions.utils import broadcast_all
 
 from pyro_sparse.distributions.extrinsic import ExtrinsicSimplex
 from pyro_sparse.distributions.hard_concrete import HardConcrete
-from pyro_sparse.distributions.mixed import check_finite, check_positive, checked
+from pyro_sparse.distributions.mixed import check_finite, check_floating, check_positive, checked
 
 
 class HardConcreteSimplex(ExtrinsicSimplex):
@@ -79,14 +79,15 @@ class HardConcreteSimplex(ExtrinsicSimplex):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        self._check_floating(temperature=temperature, logits=logits, stretch=stretch)
+        name = type(self).__name__
+        for parameter, value in (("temperature", temperature), ("logits", logits), ("stretch", stretch)):
+            check_floating(name, parameter, value)
         event = logits.shape[-1:]
         first = logits[..., 0] if event else logits
         self.temperature, self.stretch, first = broadcast_all(temperature, stretch, first)
         self.logits = logits.expand(first.shape + event)
         super().__init__(self.logits.shape if event else event, validate_args)
         if self._validate_args:
-            name = type(self).__name__
             check_positive(name, "temperature", self.temperature, "Use e.g. 2 / 3.")
             check_finite(name, "logits", self.logits)
             ok = (self.stretch > 1) & self.stretch.isfinite()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log1mexp, log1mexpexp
-from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.mixed import check_positive
 from pyro_sparse.distributions.stretched import Stretched
 
 
@@ -71,9 +71,7 @@ class HardKumaraswamy(Stretched):
         super().__init__(self.concentration1, low, high, nodes, validate_args)
         if self._validate_args:
             for name in ("concentration1", "concentration0"):
-                value = getattr(self, name)
-                ok = (value > 0) & value.isfinite()
-                checked(type(self).__name__, name, value, ok, "a positive number", "Use e.g. softplus of a network.")
+                check_positive(type(self).__name__, name, getattr(self, name))
 
     # With k in (0, 1): 1 - F = (1 - k^a)^b = exp(-b H), H = -log(1 - k^a). Both k^a and H underflow for large a where
     # their logs do not.

@@ -40,12 +40,10 @@ class LogNormalSums:
         self.dtype, loc, scale = loc.dtype, loc.double(), scale.double()  # what is summed below cancels
         self.face = face
         self.centre = loc.detach().mean(-1)
-        s, weights = self._nodes(loc.detach(), scale.detach())
-        self.s, self.weights = s, weights
-        m = s.unsqueeze(-1) + loc.unsqueeze(-2)
-        zero, self._first = _laplace(m, scale.unsqueeze(-2).expand_as(m))
-        self._x = zero
-        _, self._others = face.tilted(zero.clamp(min=torch.finfo(zero.dtype).tiny).log())
+        self.s, self.weights = self._nodes(loc.detach(), scale.detach())
+        m = self.s.unsqueeze(-1) + loc.unsqueeze(-2)
+        self._x, self._first = _laplace(m, scale.unsqueeze(-2).expand_as(m))
+        _, self._others = face.tilted(self._x.clamp(min=torch.finfo(m.dtype).tiny).log())
 
     def _nodes(self, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """On panels that end where a factor bends: it is 1 below s = -loc - 8.5 scale - 37, and 0 above the last."""

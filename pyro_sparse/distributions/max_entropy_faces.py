@@ -12,7 +12,6 @@ from torch.distributions import Categorical, constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
-from pyro_sparse.distributions.mixed_base import check_expand
 
 
 class MaxEntropyFaces(FaceDistribution):
@@ -55,19 +54,8 @@ class MaxEntropyFaces(FaceDistribution):
         self.bits = torch.as_tensor(bits, dtype=None if isinstance(bits, Tensor) else torch.get_default_dtype())
         super().__init__(self.bits.shape, Size([num_classes]), validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
-        """A view with a larger batch shape."""
-        batch_shape = check_expand("MaxEntropyFaces", self.batch_shape, batch_shape)
-        new = self._get_checked_instance(MaxEntropyFaces, _instance)
-        new.num_classes = self.num_classes
-        new.bits = self.bits.expand(batch_shape)
-        super(MaxEntropyFaces, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    def double(self) -> MaxEntropyFaces:
-        double = self.bits.dtype == torch.float64
-        return self if double else MaxEntropyFaces(self.num_classes, self.bits.double(), validate_args=False)
+    def _remade(self, parameter: Tensor) -> MaxEntropyFaces:
+        return MaxEntropyFaces(self.num_classes, parameter, validate_args=False)
 
     @property
     def like(self) -> Tensor:
@@ -97,9 +85,7 @@ class MaxEntropyFaces(FaceDistribution):
     def size_log_probs(self) -> Tensor:
         return self.face_log_probs + self._log_counts
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def log_mass(self, value: Tensor) -> Tensor:
         size = value.sum(-1).long()
         shape = torch.broadcast_shapes(size.shape, self.batch_shape)
         index = (size - 1).expand(shape).unsqueeze(-1)

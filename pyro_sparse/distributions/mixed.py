@@ -59,9 +59,7 @@ class MixedDistribution(MixedBase):
 
     def __init__(self, batch_shape: Size, like: Tensor, validate_args: bool | None) -> None:
         self._zero = like.detach().new_zeros(())
-        # Not torch's validation, which knows no parameter that is a number: a family checks its own.
-        super().__init__(batch_shape, validate_args=False)
-        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        super().__init__(batch_shape, Size(), validate_args)
 
     @property
     def _stretch(self) -> Stretch:
@@ -270,6 +268,12 @@ def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, exp
     if not (ok if isinstance(ok, bool) else bool(ok.all())):
         got = value if not isinstance(value, Tensor) else _example(value.detach(), ok)
         raise ValueError(f"{owner}.{name}: expected {expected}, got {got}. {fix}")
+
+
+def check_floating(owner: str, name: str, value: Any) -> None:
+    """Raises where a parameter is a tensor of integers, into which broadcasting would turn a number beside it."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise TypeError(f"{owner}.{name}: expected a floating-point tensor, got {value.dtype}. Use .float().")
 
 
 def check_finite(owner: str, name: str, value: Tensor) -> None:

@@ -32,6 +32,11 @@ class MixedBase(TorchDistribution):
     #: parameters that `expand` expands
     _tensors: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, batch_shape: Size, event_shape: Size, validate_args: bool | None) -> None:
+        # Not torch's validation, which knows no parameter that is a number: a family checks its own.
+        super().__init__(batch_shape, event_shape, validate_args=False)
+        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+
     def _draw(self, shape: Size) -> Tensor:
         """A draw of this full shape, without gradient."""
         raise NotImplementedError

@@ -2,7 +2,6 @@ r"""Points of the simplex with exact zeros: first a random face, then a point in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 
-from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex
+from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex, on_simplex_only
 from pyro_sparse.distributions.face_dirichlet import FaceDirichlet
 from pyro_sparse.distributions.face_logistic_normal import FaceLogisticNormal
 from pyro_sparse.distributions.face_sums import RandomFace
@@ -75,8 +74,7 @@ class MixedSimplex(MixedBase):
         check_parts(type(self).__name__, faces, within)
         self.faces, self.within = faces, within
         shape = torch.broadcast_shapes(faces.batch_shape, within.batch_shape)
-        super().__init__(shape, faces.event_shape, validate_args=False)
-        self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        super().__init__(shape, faces.event_shape, validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
         """A view with a larger batch shape; flags are kept."""
@@ -113,11 +111,10 @@ class MixedSimplex(MixedBase):
         if self._validate_args:
             check_compositions(type(self).__name__, value, self._event_shape[0])
         face = (value > 0).to(value.dtype)
-        of_face = self.faces.log_prob(face)
+        of_face = self.faces.log_mass(face)
         log_prob = of_face + self.within.at(face).log_density(value)
         if not self._validate_args:
-            outside = torch.where(value.isnan().any(-1), math.nan, -math.inf)
-            log_prob = torch.where(self.support.check(value), log_prob, outside)
+            log_prob = on_simplex_only(log_prob, value, self.support.check(value))
         return of_face, log_prob
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class OnFace(TorchDistribution):
 
     def double(self) -> Any:
         """The same in float64."""
-        return self._with(self.face, Tensor.double)
+        return self if self.like.dtype == torch.float64 else self._with(self.face, Tensor.double)
 
     def _with(self, face: Tensor | None, change: Callable[[Tensor], Tensor]) -> Any:
         parameters = {name: change(getattr(self, name)) for name in self._tensors}

@@ -17,13 +17,12 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from known_gradients import Program, estimates, exact_gradient
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor
 
 from pyro_sparse.estimators import ScoreFunction
 from pyro_sparse.infer import EstimatorELBO
-
-Program = tuple[Callable[[], None], Callable[[], None]]  # model, guide
 
 ROUTES: dict[str, Callable[[], ELBO]] = {
     "Trace_ELBO": Trace_ELBO,
@@ -211,23 +210,6 @@ def pair(family: Family, n: int, w: Wrapping, y: Tensor) -> Program:
 
 
 # Gradients.
-
-
-def exact_gradient(f: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    t = start.clone().requires_grad_()
-    return torch.autograd.grad(f(t), t)[0]
-
-
-def estimates(elbo: ELBO, program: Program) -> Tensor:
-    """One estimate of the gradient of the ELBO by each copy, ``(n, ...)``."""
-    pyro.clear_param_store()
-    elbo.loss_and_grads(*program)
-    return -pyro.param("theta").grad
-
-
-def standard_errors(errors: Tensor) -> Tensor:
-    """How many standard errors the mean over copies is from zero, for each parameter."""
-    return errors.mean(0).abs() / (errors.std(0) / len(errors) ** 0.5)
 
 
 def check_one_site(family: Family, route: str, nodes: int) -> None:

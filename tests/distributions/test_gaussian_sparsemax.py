@@ -24,14 +24,12 @@ from extrinsic_programs import (
     check_one_site,
     check_two_sites,
     check_wrapping,
-    estimates,
-    exact_gradient,
     on_faces,
     one_site,
     one_site_elbo,
     points,
-    standard_errors,
 )
+from known_gradients import estimates, exact_gradient, standard_errors
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import biject_to, kl_divergence

@@ -23,14 +23,12 @@ from extrinsic_programs import (
     check_one_site,
     check_two_sites,
     check_wrapping,
-    estimates,
-    exact_gradient,
     inside,
     one_site,
     one_site_elbo,
     points,
-    standard_errors,
 )
+from known_gradients import estimates, exact_gradient, standard_errors
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import RelaxedOneHotCategorical, biject_to, kl_divergence

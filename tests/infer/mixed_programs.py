@@ -16,6 +16,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from known_gradients import Program
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
@@ -33,7 +34,6 @@ from pyro_sparse.distributions.spike_and_exponential import TruncatedExponential
 from pyro_sparse.estimators import LeaveOneOut, MovingAverage, ScoreFunction, SplitPathwise
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
 
-Program = tuple[Callable[[], None], Callable[[], None]]  # model, guide
 Draw = Callable[[str, Any], Tensor]
 
 NOISE = 0.5
@@ -278,23 +278,3 @@ def subsampled_elbo(family: Family, t: Tensor) -> Tensor:
     local = w * log_q2.exp()
     terms = [(local * (log_r2 + log_lik(z.unsqueeze(-1) + 1.5 * z, x))).sum(-1) for x in DATA]
     return (w * log_q1[:, 0].exp() * (log_r1[:, 0] + sum(terms[1:], terms[0]))).sum()
-
-
-# Gradients.
-
-
-def exact_gradient(elbo: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    t = start.clone().requires_grad_()
-    return torch.autograd.grad(elbo(t), t)[0]
-
-
-def estimates(elbo: ELBO, program: Program) -> Tensor:
-    """One estimate of the gradient of the ELBO by each copy, ``(n, ...)``."""
-    pyro.clear_param_store()
-    elbo.loss_and_grads(*program)
-    return -pyro.param("theta").grad
-
-
-def standard_errors(errors: Tensor) -> Tensor:
-    """How many standard errors the mean over copies is from zero, for each parameter."""
-    return errors.mean(0).abs() / (errors.std(0) / len(errors) ** 0.5)

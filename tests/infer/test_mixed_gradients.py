@@ -18,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from known_gradients import Program, estimates, exact_gradient, standard_errors
 from mixed_programs import (
     DATA,
     FAMILIES,
@@ -26,16 +27,12 @@ from mixed_programs import (
     ROUTES,
     Draw,
     Family,
-    Program,
     Route,
-    estimates,
-    exact_gradient,
     one_site,
     one_site_elbo,
     place,
     sampler,
     shifted,
-    standard_errors,
     subsampled,
     subsampled_elbo,
     theta,

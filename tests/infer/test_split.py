@@ -18,20 +18,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from known_gradients import Program, estimates, exact_gradient, standard_errors
 from mixed_programs import (
     DATA,
     FAMILIES,
     NOISE,
-    Program,
-    estimates,
-    exact_gradient,
     log_lik,
     one_site,
     one_site_elbo,
     place,
     sampler,
     shifted,
-    standard_errors,
     theta,
     two_sites,
     two_sites_elbo,
