@@ -42,7 +42,7 @@ def _log_probs(d: Finite) -> Tensor:
 @register_kl(OneHotCategorical, OneHotCategoricalST)
 @register_kl(OneHotCategoricalST, SparseOneHotCategorical)
 @register_kl(SparseOneHotCategorical, OneHotCategoricalST)
-def _kl_finite(p: Finite, q: Finite) -> Tensor:
+def kl_finite(p: Finite, q: Finite) -> Tensor:
     if p.probs.shape[-1] != q.probs.shape[-1]:
         raise ValueError(
             f"kl_divergence({p}, {q}): expected as many outcomes in both, got {p.probs.shape[-1]} and "

@@ -117,6 +117,26 @@ class Assignment(nn.Module):
         served: Any = self.sites[_key(msg["name"])] if _key(msg["name"]) in self.sites else asked
         return _as_estimator(served)
 
+    def find_for_score(self, msg: Any) -> Estimator:
+        """
+        The estimator of a score function that is not a latent site's own: of what a guide drew by itself, or of the
+        part of a draw that is not reparameterised. It is the plain score function, with the baseline that the site or
+        ``"*"`` is given: other estimators would take several draws to be independent that may be one.
+        """
+        name, infer = msg["name"], msg["infer"]
+        named = infer.get("estimator", self.entries.get(name))
+        asked = self.entries.get("*") if named is None else named
+        if not isinstance(asked, ScoreFunction | Baseline):
+            if named is not None:
+                raise ValueError(
+                    f"EstimatorELBO, site '{name}': expected ScoreFunction, or a baseline, for draws that no sample "
+                    f"statement of their own makes, got {type(asked).__name__}. Leave it out."
+                )
+            asked = self._plain[0]
+        self._keep(name, asked)
+        served: Any = self.sites[_key(name)] if _key(name) in self.sites else asked
+        return _as_estimator(served)
+
     def _asked(self, msg: Any) -> Given:
         name, infer = msg["name"], msg["infer"]
         self._warn_unread(msg)
@@ -188,12 +208,16 @@ class Assignment(nn.Module):
         return self
 
     def check_names(self, names: set[str]) -> None:
-        """Raises if there is an entry for a site that the guide does not have."""
-        if unknown := set(self.entries) - names - {"*"}:
+        """Raises if there is an entry for a site that is none of these."""
+        if unknown := self.unknown(names):
             raise ValueError(
-                f"EstimatorELBO: expected entries for the guide's sites {sorted(names)} or '*', got {sorted(unknown)}. "
+                f"EstimatorELBO: expected entries for the sites {sorted(names)} or '*', got {sorted(unknown)}. "
                 "Correct the name; a site that not every run reaches names its estimator in infer."
             )
+
+    def unknown(self, names: set[str]) -> set[str]:
+        """The entries that are for none of these sites."""
+        return set(self.entries) - names - {"*"}
 
     def register(self) -> None:
         """Puts the estimators' parameters into the param store, so that ``svi.step`` trains them."""

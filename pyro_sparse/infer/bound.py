@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_sparse.estimators import VIMCO, Site
@@ -27,6 +28,11 @@ def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor,
                 f"EstimatorELBO, site '{term.name}': expected for VIMCO one data plate around all sites, got one "
                 f"in {inside} and sites outside of it, whose weights would be those of all data. Use LeaveOneOut."
             )
+    if own := [score.site.name for score in run.scores if score.own_draws]:
+        raise ValueError(
+            f"EstimatorELBO, site '{own[0]}': expected for VIMCO draws by sample statements, which its particles make "
+            "anew, got draws that the guide makes by itself. Use BaselineELBO."
+        )
     for slot in run.costs.slots.values():
         raise ValueError(
             f"EstimatorELBO, site '{slot.site}': expected for VIMCO draws only, got an enumerated site. Leave "
@@ -39,6 +45,6 @@ def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor,
     for score in run.scores:
         vectorized = [frame for frame in score.frames if frame.vectorized]
         log_prob = log_prob + sum_to(score.site.log_prob, vectorized, frames).movedim(particle_dim, 0)
-    everything = Site("*", run.guide_trace.nodes[run.costs.terms[-1].name]["fn"], log_prob=log_prob)
+    everything = Site("*", Unit(log_prob), log_prob=log_prob)
     surrogate, _ = vimco(log_weights, everything)
     return (vimco.bound(log_weights.detach()) * scale).sum(), (surrogate * scale).sum()

@@ -82,6 +82,15 @@ class Costs:
             return frozenset()
         return frozenset(dim for dim in self.slots if value.dim() >= -dim and value.shape[dim] > 1)
 
+    def with_ancestors(self, dims: Collection[int]) -> frozenset[int]:
+        """With those of all sites on which the weights of these dims depend, and so on."""
+        found, todo = set(dims), list(dims)
+        while todo:
+            new = self.slot_dims(self.slots[todo.pop()].weights) - found
+            found |= new
+            todo += new
+        return frozenset(found)
+
     def average(self, value: Tensor, keep: Collection[int] = ()) -> Tensor:
         """The weighted mean of a masked tensor over all slot dims but those to keep, last site first."""
         for dim, slot in self.slots.items():
@@ -102,7 +111,7 @@ class Costs:
 
         Args:
             frames: the site's plates. Terms in further plates are summed over those.
-            keep: slot dims of the site itself and of those it depends on.
+            keep: slot dims of the site itself and of all its ancestors.
             site: leaves out the terms that do not depend on this site's draw, as far as that is known.
         """
         parts = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import queue
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +11,6 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
-from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.infer.util import torch_item
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
@@ -22,10 +19,11 @@ from torch import Tensor, nn
 from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.bound import importance_bound
-from pyro_sparse.infer.dependencies import Dependencies
 from pyro_sparse.infer.estimator_messenger import PARTICLES
 from pyro_sparse.infer.program import Program, Run, ScoreSite
+from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.relaxed import refuse_indices, smooth_sites
+from pyro_sparse.infer.sequential import sequential_runs
 from pyro_sparse.infer.undisturbed import undisturbed
 
 COSTS = ("plates", "graph")
@@ -92,10 +90,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
-        self._differentiated = False  # whether straight-through values were found to have derivatives
-        self._slots = True  # whether any estimator may draw some
-        self._sequential = False  # whether infer asked for sequential enumeration so far
-        self._dependencies = Dependencies()
+        self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
             raise ValueError("EstimatorELBO: expected no analytic_kl with VIMCO, got it. Its weights need log-probs.")
@@ -152,6 +147,9 @@ class EstimatorELBO(ELBO, nn.Module):
         """The loss, with the estimated gradient. Running means move if gradients are enabled and in training mode."""
         losses, updates = [], []
         for group in self._groups(model, guide, args, kwargs):
+            if self._vimco is None and all(run.is_exact for run in group) and torch.is_grad_enabled():
+                losses.append(self._mean([run.exact_elbo() for run in group]))
+                continue
             surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
             losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
             updates += own_updates
@@ -184,6 +182,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _groups(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[list[Run]]:
         """The runs of each particle; of all particles where an estimator compares runs that are not vectorised."""
+        refuse_guide_messenger("EstimatorELBO", guide)
         if not self._ready:
             self._prepare(model, guide, args, kwargs)
         particles = 1 if self.vectorize_particles else self.num_particles
@@ -206,13 +205,10 @@ class EstimatorELBO(ELBO, nn.Module):
                 with poutine.block():
                     trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
                 found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
-                self.assignment.check_names(set(found))
+                self._check_names(trace, model, args, kwargs)
                 self._set_particles({name: e for name, e in found.items() if e is not None})
-                estimators = [*found.values(), *self.assignment.entries.values()]
-                plates_known = self.max_plate_nesting != float("inf")
-                draws = any(e is not None and (e.draws_slots or e.reparameterizes or e.splits) for e in estimators)
-                self._slots = plates_known or draws
-                if not plates_known and (self._slots or self.vectorize_particles):
+                slots = any(e is not None and e.draws_slots for e in found.values())
+                if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
                     served = {name: e for name, e in found.items() if e is not None}
                     with refuse_indices(lambda: smooth_sites(trace, served)):
                         self._guess_max_plate_nesting(model, guide, args, kwargs)
@@ -221,6 +217,19 @@ class EstimatorELBO(ELBO, nn.Module):
                 del store[name]  # to be initialised again, by the random numbers that Trace_ELBO would use
         self.assignment.serve()
         self._ready = True
+
+    def _check_names(self, guide_trace: Any, model: Any, args: Any, kwargs: Any) -> None:
+        """Raises for entries of names that neither guide nor model has; warns of those that are observed now."""
+        names = {*guide_trace.stochastic_nodes, *guide_trace.observation_nodes}
+        if waiting := self.assignment.unknown(names):  # for sites that are latent in other batches, perhaps
+            with poutine.block():
+                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            self.assignment.check_names(names.union(model_trace.observation_nodes))
+            warnings.warn(
+                f"EstimatorELBO: expected entries for latent sites, got {sorted(waiting)}, observed in the first "
+                "batch. They serve once the guide draws them; if it never does, leave them out.",
+                stacklevel=2,
+            )
 
     def _particle(
         self,
@@ -232,35 +241,41 @@ class EstimatorELBO(ELBO, nn.Module):
         subsamples: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Run]:
         """One run, or one for each outcome of the sites enumerated sequentially."""
-        if self.vectorize_particles and self.num_particles > 1:
+
+        def count_plates() -> float:
+            with undisturbed():
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+            return self.max_plate_nesting
+
+        if self.vectorize_particles and self.num_particles > 1:  # whose plates have been counted
             particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
             guide, model = particles(guide), particles(model)
-        program = Program(model, guide, args, kwargs, self.assignment.find, self.max_plate_nesting, self._slots)
-        program.analytic_kl = self.analytic_kl
-        if self.costs == "graph":
-            program.depends = self._dependencies
-        if not self._sequential:
-            run = program.run(kind, subsamples)
+        find, find_for_score = self.assignment.find, self.assignment.find_for_score
+        program = Program(model, guide, args, kwargs, find, find_for_score, count_plates, self.max_plate_nesting)
+        program.analytic_kl, program.graph = self.analytic_kl, self.costs == "graph"
+
+        def run(wrap: Callable[[Any], Any] | None = None) -> Run:
+            result = program.run(kind, subsamples, wrap)
             self.assignment.serve()
-            if not run.has_sequential:
-                yield run
+            return result
+
+        if not self._sequential:
+            once = run()
+            if not once.has_sequential:
+                yield once
                 return
             self._sequential = True  # that run drew what is to be enumerated: it does not count
-        q: queue.LifoQueue[Any] = queue.LifoQueue()
-        q.put(poutine.Trace())
-        queued = functools.partial(
-            poutine.queue, queue=q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
-        )
-        while not q.empty():
-            yield program.run(kind, subsamples, queued)
-            self.assignment.serve()
+        yield from sequential_runs(run)
 
     # Estimates
 
     def _group_loss(self, group: list[Run]) -> Tensor:
         if self._vimco is not None:
             return -importance_bound(self._vimco, group[0], self._particle_dim)[0]
-        elbos = [run.weighted(run.elbo()) for run in group]
+        return self._mean([run.weighted(run.elbo()) for run in group])
+
+    def _mean(self, elbos: list[Tensor]) -> Tensor:
+        """A group's share of the loss."""
         total = -sum(elbos[1:], elbos[0])
         return total if self.num_particles == 1 else total / self.num_particles
 
@@ -282,9 +297,8 @@ class EstimatorELBO(ELBO, nn.Module):
                     reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].subsamples))
             return reruns[kind]
 
-        if not self._differentiated:
-            group[0].check_derivatives()
-            self._differentiated = True
+        for run in group:
+            run.check_derivatives()
         totals, updates = [], []
         for run in group:
             parts, losses = run.costs.paths(), []
@@ -315,6 +329,9 @@ class EstimatorELBO(ELBO, nn.Module):
                 "to the ELBO: EstimatorELBO({'*': ...})."
             )
         cost, log_prob = score.cost(run), site.log_prob
+        weight = run.costs.weight(score.dims - {score.own_dim})
+        if weight is not None:  # what an ancestor rules out has any log-probability
+            log_prob = torch.where(weight > 0, log_prob, 0.0)
         if self._joint and estimator.num_particles > 1:
             if len(group) != self.num_particles:
                 raise ValueError(
@@ -325,13 +342,10 @@ class EstimatorELBO(ELBO, nn.Module):
             cost = torch.stack(torch.broadcast_tensors(*(score.cost(other) for other in group)))
             own = torch.tensor([other is run for other in group], device=cost.device)
             log_prob = torch.where(own.reshape(own.shape + (1,) * (cost.dim() - 1)), log_prob, 0.0)
-        if cost.shape != log_prob.shape:
-            cost, log_prob = torch.broadcast_tensors(cost, log_prob)
-        weight = run.costs.weight(score.dims - {score.own_dim})
+        cost, log_prob = torch.broadcast_tensors(cost, log_prob)
         if estimator.num_particles > 1 and not self._joint:
+            weight = None if weight is None else weight.expand_as(cost).movedim(self._particle_dim, 0)
             cost, log_prob = cost.movedim(self._particle_dim, 0), log_prob.movedim(self._particle_dim, 0)
-            if weight is not None:
-                weight = weight.expand_as(log_prob.movedim(0, self._particle_dim)).movedim(self._particle_dim, 0)
         site.log_prob = log_prob
         value, loss = estimator(cost, site)
         if log_prob.requires_grad and not value.requires_grad:

@@ -16,8 +16,14 @@ from pyro_sparse.estimators import Estimator, Exact, Plate, Site, Slots
 from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
 from pyro_sparse.infer import layouts
 from pyro_sparse.infer.costs import Frame
+from pyro_sparse.infer.law import law, padded_law
 from pyro_sparse.infer.messenger import SparseEnumMessenger, enumerate_values
 from pyro_sparse.infer.relaxed import with_linear_log_prob
+
+
+class PlatesUnknownError(Exception):
+    """A site that is to have slots was reached by a run that does not know how many dims plates have."""
+
 
 PARTICLES = "num_particles_vectorized"  # the plate that pyro.infer.ELBO puts around vectorised particles
 
@@ -45,15 +51,26 @@ class EstimatorMessenger(SparseEnumMessenger):
         subsamples: Mapping[str, Tensor] | None = None,
         kind: str = "draw",
     ) -> None:
-        finite = int(nesting) if nesting != float("inf") else 0
+        self.knows_plates = nesting != float("inf")
+        finite = int(nesting) if self.knows_plates else 0
         super().__init__(layouts.padded, finite, first_available_dim=-1 - finite)
         self.find = find
         self.args, self.kwargs = args, kwargs
         self.fixed = dict(subsamples or {})
         self.kind = kind
+        self.forget()
+
+    def __enter__(self) -> EstimatorMessenger:
+        self.forget()  # sequential enumeration begins a run again at each site that it comes to
+        super().__enter__()
+        return self
+
+    def forget(self) -> None:
+        """Makes it new for a run."""
         self.estimators: dict[str, Estimator] = {}
         self.slots: dict[str, Slots] = {}
-        self.fns: dict[str, Any] = {}  # of sites with slots: in the trace there are views of them
+        self.laws: dict[str, Any] = {}  # of sites with slots: what those were drawn from
+        self.num_laid_out = 0
         self.relaxed: list[str] = []  # sites with values between the outcomes
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
 
@@ -68,13 +85,13 @@ class EstimatorMessenger(SparseEnumMessenger):
         self.estimators[msg["name"]] = estimator
         if estimator.reparameterizes:
             self.reparameterized.append(msg["name"])
-            msg["value"] = estimator.reparameterized(self._site(msg))
+            msg["value"] = estimator.reparameterized(self._site(msg, law(msg["fn"])))
         elif estimator.draws_slots:
             self._lay_out_slots(msg, estimator)
         elif self.kind == "mode":
-            msg["value"] = mode(msg["fn"])
+            msg["value"] = mode(law(msg["fn"]))
         elif estimator.splits:
-            msg["value"] = estimator.reparameterized(self._site(msg))
+            msg["value"] = estimator.reparameterized(self._site(msg, law(msg["fn"])))
 
     @property
     def split(self) -> frozenset[str]:
@@ -85,30 +102,38 @@ class EstimatorMessenger(SparseEnumMessenger):
         name = msg["name"]
         if msg["infer"].get("enumerate") == "sequential":
             return  # one run for each outcome: the ELBO sees to it
+        if not self.knows_plates:
+            raise PlatesUnknownError
         if "_markov_scope" in msg["infer"]:
             raise ValueError(
                 f"EstimatorELBO, site '{name}': expected no pyro.markov around a site with {type(estimator).__name__}, "
                 "got one. Use SparseEnumELBO or TraceEnum_ELBO, which recycle its dims, or LeaveOneOut."
             )
         if not isinstance(estimator, Exact):
-            slots = estimator.draw(self._site(msg))
-            self.fns[name] = msg["fn"]
-            msg["fn"] = _with_values(msg["fn"], slots.values)
+            self.laws[name] = padded_law(msg["fn"], self._dims_right_of_slots())
+            slots = estimator.draw(self._site(msg, self.laws[name]))
+            missing = slots.values.dim() - 1 - len(msg["fn"].batch_shape + msg["fn"].event_shape)
+            msg["fn"] = _with_values(msg["fn"], slots.values.flatten(0, missing))  # those dims have size one
             if estimator.relaxes:
                 msg["fn"] = with_linear_log_prob(msg["fn"], name)
+                self.laws[name] = with_linear_log_prob(self.laws[name], name)
                 self.relaxed.append(name)
         else:
-            require_outcomes("Exact", self._site(msg))
+            require_outcomes("Exact", self._site(msg, law(msg["fn"])))
         # Without the options that would make the stock messenger sample.
         infer = {key: value for key, value in msg["infer"].items() if key not in ("num_samples", "tmc")}
         msg["infer"] = {**infer, "enumerate": "parallel"}
         super()._pyro_sample(msg)
+        self.num_laid_out += 1
         if not isinstance(estimator, Exact):
-            dim = msg["infer"]["_enumerate_dim"]
-            self.slots[name] = slots._replace(log_weights=_spread(slots.log_weights, -dim), values=msg["value"])
+            self.slots[name] = slots._replace(values=msg["value"])
 
-    def _site(self, msg: Any) -> Site:
-        return Site(msg["name"], msg["fn"], data_plates(msg["cond_indep_stack"], {}), self.args, self.kwargs)
+    def _dims_right_of_slots(self) -> int:
+        """Of the next site: those of the plates, and one for each site before it that has slots."""
+        return self.max_plate_nesting + self.num_laid_out
+
+    def _site(self, msg: Any, drawn: Any) -> Site:
+        return Site(msg["name"], drawn, data_plates(msg["cond_indep_stack"], {}), self.args, self.kwargs)
 
     def _enumerates(self, msg: Any) -> bool:
         return isinstance(self.estimators[msg["name"]], Exact) and super()._enumerates(msg)
@@ -147,8 +172,3 @@ def _with_values(fn: Any, values: Tensor) -> Any:
     shape = fn.batch_shape + fn.event_shape
     view.__dict__["enumerate_support"] = functools.partial(enumerate_values, values, shape)
     return view
-
-
-def _spread(value: Tensor, dims: int) -> Tensor:
-    """Moves the first dim to be ``dims`` from the right."""
-    return value.reshape(value.shape[:1] + (1,) * (dims - value.dim()) + value.shape[1:])

@@ -12,8 +12,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
-from pyro.distributions.score_parts import ScoreParts
 from pyro.infer import TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -21,6 +19,7 @@ from pyro.util import check_traceenum_requirements
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_sparse.infer.law import full_score_parts, law
 from pyro_sparse.infer.messenger import enumerate_values
 from pyro_sparse.infer.undisturbed import undisturbed
 
@@ -168,16 +167,18 @@ class _EnumerateAll(Messenger):
         if msg["is_observed"] or site_is_subsample(msg):
             return
         view = copy.copy(fn)
-        if isinstance(_unmasked(fn), Independent):
-            values = self._combinations(_unmasked(fn), msg["name"])
+        drawn = law(fn)
+        if isinstance(drawn, Independent):
+            values = self._combinations(drawn, msg["name"])
             if values is None:
                 return
             shape = fn.batch_shape + fn.event_shape
             view.__dict__["enumerate_support"] = functools.partial(enumerate_values, values, shape)
         elif not getattr(fn, "has_enumerate_support", False):
             return
-        if getattr(fn, "has_rsample", False):  # straight-through: its outcomes would count with the weight 1
-            view.__dict__["score_parts"] = functools.partial(_plain_score_parts, fn)
+        # The weights of its outcomes: those of straight-through ones would be 1, and no mask may lie on them.
+        if getattr(fn, "has_rsample", False) or drawn is not fn:
+            view.__dict__["score_parts"] = functools.partial(full_score_parts, fn)
         msg["fn"] = view
         asked = msg["infer"].get("enumerate") or self.strategy
         others = {k: v for k, v in msg["infer"].items() if k not in ("num_samples", "tmc", "expand")}
@@ -215,15 +216,6 @@ class _EnumerateAll(Messenger):
                 f"EnumeratedELBO: expected at most max_outcomes={self.max_outcomes} combinations of outcomes, got "
                 f"{total}. Raise max_outcomes, or use an estimator that draws."
             )
-
-
-def _plain_score_parts(fn: Any, value: Tensor) -> ScoreParts:
-    log_prob = fn.log_prob(value)
-    return ScoreParts(log_prob, log_prob, 0)  # type: ignore[arg-type]
-
-
-def _unmasked(fn: Any) -> Any:
-    return _unmasked(fn.base_dist) if isinstance(fn, MaskedDistribution) else fn
 
 
 def why_one_by_one(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ Pyro's parallel enumeration then broadcasts. Every row's support must be among i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from pyro_sparse.distributions import SparseDistribution
 
 Layout = Callable[[str, SparseDistribution, tuple[int, ...]], Tensor]
+Size = tuple[str, int, int]
 
 WORTHWHILE = 0.8  # a layout must leave at most this share of the work, to pay for finding and gathering the support
 
@@ -34,7 +36,13 @@ def dense(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Te
     return fn.enumerate_support(expand=False)
 
 
-def cheapest(ratios: Mapping[str, float]) -> Layout:
+def size(name: str, batch_shape: tuple[int, ...], outcomes: int, nesting: int) -> Size:
+    """What the costs of a site's slots depend on: also how many rows its plates have, to a factor of two."""
+    rows = math.prod(batch_shape[-nesting:]) if nesting else 1
+    return name, rows.bit_length(), outcomes
+
+
+def cheapest(ratios: Mapping[Size, float], nesting: int, uncounted: set[Size]) -> Layout:
     r"""
     The layout with the least work, given what a slot costs.
 
@@ -45,11 +53,16 @@ def cheapest(ratios: Mapping[str, float]) -> Layout:
 
     Args:
         ratios: r for each site (:func:`~pyro_sparse.infer.work.slot_ratios`); sites not in it are padded.
+        nesting: how many dims plates have.
+        uncounted: gets the sizes that are not in ``ratios``.
     """
 
     def layout(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
-        ratio, outcomes = ratios.get(name), fn.num_outcomes
+        outcomes = fn.num_outcomes
+        key = size(name, fn.batch_shape, outcomes, nesting)
+        ratio = ratios.get(key)
         if ratio is None:
+            uncounted.add(key)
             return padded(name, fn, shared_dims)
         if outcomes <= ratio:  # even one slot per row costs as much as all outcomes
             return dense(name, fn, shared_dims)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
-from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -21,6 +20,7 @@ from pyro_sparse._relaxation import exact_logits, linear_log_prob
 from pyro_sparse.distributions import SparseOneHotCategorical
 from pyro_sparse.distributions.straight_through import is_straight_through, unwrapped
 from pyro_sparse.estimators import Estimator
+from pyro_sparse.infer.law import full_score_parts
 
 _TAKES_INDICES = re.compile(
     "[Ii]ndices|[Ii]ndex|must be long|integer|to be within the support|expected scalar type Long|has to be an int"
@@ -65,21 +65,8 @@ def with_fixed_value(fn: Any) -> Any:
     """A view of ``fn`` whose log-probability has no derivative by the value, and is the score function in full."""
     view = copy.copy(fn)
     view.__dict__["log_prob"] = lambda value: fn.log_prob(value.detach())
-    view.__dict__["score_parts"] = lambda value: _full_score_parts(fn, value.detach())
+    view.__dict__["score_parts"] = lambda value: full_score_parts(fn, value.detach())
     return view
-
-
-def _full_score_parts(fn: Any, value: Tensor) -> ScoreParts:
-    """As Pyro's own without a pathwise part, whatever the family's are; a mask is for the log-probability alone."""
-    if isinstance(fn, Independent):
-        log_prob, score, _ = _full_score_parts(fn.base_dist, value)
-        dims = fn.reinterpreted_batch_ndims
-        return ScoreParts(sum_rightmost(log_prob, dims), sum_rightmost(score, dims), 0)  # type: ignore[arg-type]
-    if isinstance(fn, MaskedDistribution):
-        log_prob, score, _ = _full_score_parts(fn.base_dist, value)
-        return ScoreParts(scale_and_mask(log_prob, mask=fn._mask), score, 0)  # type: ignore[arg-type]
-    log_prob = fn.log_prob(value)
-    return ScoreParts(log_prob, log_prob, 0)  # type: ignore[arg-type]  # as Pyro's own
 
 
 def smooth_sites(trace: Any, estimators: Mapping[str, Estimator]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pyro.util import check_traceenum_requirements
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
 from pyro_sparse.infer.messenger import SparseEnumMessenger
+from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
 from pyro_sparse.infer.undisturbed import undisturbed
 from pyro_sparse.infer.work import slot_ratios
@@ -49,8 +50,9 @@ class SparseEnumELBO(TraceEnum_ELBO):
         mode: ``"padded"``: each example its own support, padded to the largest in the batch, S·B model rows.
             ``"union"``: all examples share the union of their supports: less where the decoder sees nothing but the
             outcome. ``"auto"``: at each step and site whichever of those and of dense enumeration costs least, by
-            the work that a slot was counted to cost when the site's ELBO first ran. That count runs the model under
-            ``no_grad`` and leaves the random number generators as they were.
+            the work that a slot was counted to cost in a batch of about this size. That count, before the first step
+            and after the first one of another size, runs the model under ``no_grad`` and leaves the random number
+            generators as they were.
         max_support: refuse a batch in which one example's support is larger.
         kwargs: every keyword of :class:`pyro.infer.ELBO`, except ``jit_options``: a traced program would freeze the
             support of its first batch.
@@ -73,7 +75,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
         super().__init__(**kwargs)
         self.mode = mode
         self.max_support = max_support
-        self._ratios: dict[str, float] | None = None  # counted before the first step, in mode "auto"
+        self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
+        self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
         self._record: StepRecord | None = None
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
@@ -87,8 +90,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
     ) -> Iterator[Any]:
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(f"SparseEnumELBO: expected an eager run, got one under torch.jit.trace. {_NO_JIT}")
-        if isinstance(poutine.unwrap(guide), Messenger):
-            raise NotImplementedError("SparseEnumELBO: expected a guide function or module, got a GuideMessenger.")
+        refuse_guide_messenger("SparseEnumELBO", guide)
         if self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         if self.vectorize_particles:
@@ -97,19 +99,28 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._record = record = StepRecord()
         for _ in range(1 if self.vectorize_particles else self.num_particles):
             yield from self._enumerate(layout, record, model, guide, args, kwargs)
+        if self._uncounted:
+            self._ratios.update(self._count_work(model, guide, args, kwargs))
 
     def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> layouts.Layout:
         if self.mode != "auto":
             return layouts.padded if self.mode == "padded" else layouts.union
-        if self._ratios is None:
+        if not self._ratios:
             self._ratios = self._count_work(model, guide, args, kwargs)
-        return layouts.cheapest(self._ratios)
+        self._uncounted.clear()
+        return layouts.cheapest(self._ratios, int(self.max_plate_nesting), self._uncounted)
 
-    def _count_work(self, model: Any, guide: Any, args: Any, kwargs: Any) -> dict[str, float]:
-        def run(layout: layouts.Layout) -> list[str]:
+    def _count_work(self, model: Any, guide: Any, args: Any, kwargs: Any) -> dict[layouts.Size, float]:
+        nesting = int(self.max_plate_nesting)
+
+        def run(layout: layouts.Layout) -> dict[str, layouts.Size]:
             guide_enum, model_enum = self._messengers(layout)
             get_importance_trace("flat", self.max_plate_nesting, model_enum(model), guide_enum(guide), args, kwargs)
-            return [*guide_enum.sites, *model_enum.sites]
+            sites = {**guide_enum.sites, **model_enum.sites}
+            return {
+                name: layouts.size(name, site.support_size.shape, site.num_outcomes, nesting)
+                for name, site in sites.items()
+            }
 
         with undisturbed(), poutine.block():
             return slot_ratios(run)

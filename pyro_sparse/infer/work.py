@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pyro_sparse.distributions import SparseDistribution
-from pyro_sparse.infer.layouts import Layout
+from pyro_sparse.infer.layouts import Layout, Size
 
 # What an element written by a pointwise operation costs, in floating-point operations of a matrix product.
 ELEMENT_FLOPS = 50
@@ -53,25 +53,25 @@ def probe(slots: int, expanded: bool, site: str | None = None) -> Layout:
     return layout
 
 
-def slot_ratios(run: Callable[[Layout], Iterable[str]]) -> dict[str, float]:
+def slot_ratios(run: Callable[[Layout], Mapping[str, Size]]) -> dict[Size, float]:
     r"""
     For each site, the work of one slot with a value per row over that of one outcome shared by all rows (between 1
     and the number of rows; see :func:`~pyro_sparse.infer.layouts.cheapest`).
 
     Args:
-        run: runs guide and model with a layout and returns the names of the sparse sites. It is called once, and
-            twice per site.
+        run: runs guide and model with a layout and returns the sparse sites by name. It is called once, and twice per
+            site.
     """
 
-    def work(layout: Layout) -> tuple[int, Iterable[str]]:
+    def work(layout: Layout) -> tuple[int, Mapping[str, Size]]:
         with CountWork() as count:
             sites = run(layout)
         return count.total, sites
 
     base, sites = work(probe(1, False))
     ratios = {}
-    for site in sites:
+    for site, size in sites.items():
         second_outcome = work(probe(2, False, site))[0] - base
         value_per_row = work(probe(1, True, site))[0] - base
-        ratios[site] = 1.0 + value_per_row / max(second_outcome, 1)
+        ratios[size] = 1.0 + value_per_row / max(second_outcome, 1)
     return ratios

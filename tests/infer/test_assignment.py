@@ -32,6 +32,7 @@ from pyro_sparse.estimators import (
     ScoreFunction,
     Site,
     TrainableConstant,
+    UnorderedSet,
 )
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO, config_estimators
 
@@ -414,8 +415,32 @@ def moving() -> dict[str, Any]:
 
 @pytest.mark.parametrize("entry", [MovingAverage(), None, LeaveOneOut(3)])
 def test_an_entry_for_a_site_that_does_not_exist(entry: Any) -> None:
-    assert "['b', 'w', 'z']" in refuse(EstimatorELBO({**moving(), "zz": entry}), *program(), site="zz")
-    refuse(EstimatorELBO({**moving(), "x": entry}), *program(), site="x")  # observed
+    assert "['b', 'w', 'x', 'z']" in refuse(EstimatorELBO({**moving(), "zz": entry}), *program(), site="zz")
+
+
+def test_an_entry_for_a_site_that_the_first_batch_observes() -> None:
+    """Whether that is the labelled one must not matter."""
+
+    def model(y: Tensor | None) -> None:
+        z = pyro.sample("y", dist.Bernoulli(0.5), obs=y)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+
+    def guide(y: Tensor | None) -> None:
+        if y is None:
+            pyro.sample("y", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.3))))
+
+    batches = [torch.tensor(1.0), None]
+    losses = []
+    for order in (batches, batches[::-1]):
+        elbo = EstimatorELBO({"y": LeaveOneOut(2)})
+        for y in order:
+            pyro.set_rng_seed(0)
+            if y is not None and order is batches:
+                with pytest.warns(UserWarning, match=r"got \['y'\], observed in the first batch"):
+                    losses.append(elbo.loss_and_grads(model, guide, y))
+            else:
+                losses.append(elbo.loss_and_grads(model, guide, y))
+    assert losses[:2] == losses[:1:-1]
 
 
 @pytest.mark.parametrize(
@@ -699,11 +724,9 @@ def seed_of_branch(taken: bool) -> int:
     raise AssertionError
 
 
-@pytest.mark.parametrize(
-    "estimator", [Exact(), RaoBlackwell(), DisARM(), LeaveOneOut(2), LeaveOneOut(2, vectorized=False)]
-)
-def test_a_branch_that_the_first_run_did_not_take(estimator: Estimator) -> None:
-    """What it needs was not prepared: without slots or particles its gradient would be wrong."""
+@pytest.mark.parametrize("estimator", [LeaveOneOut(2), LeaveOneOut(2, vectorized=False)])
+def test_particles_for_a_branch_that_the_first_run_did_not_take(estimator: Estimator) -> None:
+    """There are none: its gradient would be wrong."""
     model, guide = reaching(estimator)
     elbo = EstimatorELBO({})
     pyro.set_rng_seed(seed_of_branch(False))
@@ -712,6 +735,42 @@ def test_a_branch_that_the_first_run_did_not_take(estimator: Estimator) -> None:
     with pytest.raises(ValueError, match=HOUSE_FORM) as error:
         elbo.loss_and_grads(model, guide)
     assert "site 'z'" in str(error.value) and type(estimator).__name__ in str(error.value)
+
+
+@pytest.mark.parametrize("estimator", [Exact(), RaoBlackwell(2), UnorderedSet(2)], ids=lambda e: type(e).__name__)
+def test_slots_for_a_branch_that_the_first_run_did_not_take(estimator: Estimator) -> None:
+    """The plates are counted then, and the run goes on: it keeps the branch, which would else be drawn less often."""
+    model, guide = reaching(estimator)
+    elbo = EstimatorELBO({})
+    pyro.set_rng_seed(seed_of_branch(False))
+    elbo.loss_and_grads(model, guide)
+    assert elbo.max_plate_nesting == float("inf")
+    pyro.set_rng_seed(seed_of_branch(True))
+    elbo.loss_and_grads(model, guide)
+    assert elbo.max_plate_nesting == 0
+    logit = pyro.get_param_store()._params["z_logit"]
+    q = logit.detach().sigmoid().requires_grad_()
+    [by_q] = torch.autograd.grad(q * (q / 0.2).log() + (1 - q) * ((1 - q) / 0.8).log(), [q])
+    assert logit.grad is not None
+    torch.testing.assert_close(logit.grad, by_q * q.detach() * (1 - q.detach()))
+
+
+def test_deeper_plates_than_at_the_first_step() -> None:
+    """Their dims would be those of the slots."""
+
+    def model(deep: bool) -> None:
+        with pyro.plate("a", 2, dim=-2 if deep else -1):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(2, 1) if deep else torch.zeros(2))
+
+    def guide(deep: bool) -> None:
+        with pyro.plate("a", 2, dim=-2 if deep else -1):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("a_logit", torch.tensor(0.3))))
+
+    elbo = EstimatorELBO(Exact())
+    elbo.loss_and_grads(model, guide, False)
+    with pytest.raises(ValueError, match=r"site 'z'.*at most 1 plates.*'a' at dim -2. Pass max_plate_nesting=2"):
+        elbo.loss_and_grads(model, guide, True)
 
 
 @pytest.mark.parametrize("first", [False, True])

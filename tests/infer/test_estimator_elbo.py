@@ -372,21 +372,6 @@ def test_graph_costs_have_less_variance_and_no_reparameterised_leak() -> None:
     assert_equal(gradients(BaselineELBO(costs="graph"), model, guide, steps=20), expected, 1e-10)
 
 
-def test_graph_costs_are_refused_where_provenance_is_lost() -> None:
-    def model() -> None:
-        z = pyro.sample("z", dist.Bernoulli(0.3))
-        pyro.sample("x", dist.Normal(2.0 * z.item(), 1.0), obs=torch.tensor(0.3))
-
-    def guide() -> None:
-        pyro.sample("z", dist.Bernoulli(logits=param("a", 0.3)[0]))
-
-    with pytest.raises(
-        ValueError, match=r"site 'z'.*costs='graph'.*'x', which provenance did not find.*costs='plates'"
-    ):
-        BaselineELBO(costs="graph").loss_and_grads(model, guide)
-    BaselineELBO(costs="plates").loss_and_grads(model, guide)
-
-
 def test_vimco_is_its_formula() -> None:
     """One run against the sum over particles written out, at the same draws."""
     n = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import pyro_sparse.distributions as sdist
 from pyro_sparse.infer import SparseEnumELBO
-from pyro_sparse.infer.layouts import Layout, cheapest, dense, padded, union
+from pyro_sparse.infer.layouts import Layout, cheapest, dense, padded, size, union
 from pyro_sparse.infer.work import ELEMENT_FLOPS, CountWork
 
 
@@ -45,17 +46,19 @@ def test_cheapest_compares_slots_with_outcomes(ratio: float, expected: Layout) -
     probs = torch.zeros(2, 8)
     probs[0, :2], probs[1, 2:4] = 0.5, 0.5
     d = sdist.SparseCategorical(probs=probs)
-    assert torch.equal(cheapest({"z": ratio})("z", d, ()), expected("z", d, ()))
+    assert torch.equal(cheapest({size("z", (2,), 8, 1): ratio}, 1, set())("z", d, ()), expected("z", d, ()))
 
 
 def test_cheapest_pads_a_site_that_was_not_counted() -> None:
     d = sdist.SparseCategorical(torch.randn(3, 5))
-    assert torch.equal(cheapest({})("z", d, ()), padded("z", d, ()))
+    uncounted: set[Any] = set()
+    assert torch.equal(cheapest({}, 1, uncounted)("z", d, ()), padded("z", d, ()))
+    assert uncounted == {size("z", (3,), 5, 1)}
 
 
 def test_cheapest_is_dense_where_little_is_saved() -> None:
     d = sdist.SparseCategorical(torch.zeros(3, 5))
-    assert torch.equal(cheapest({"z": 1.0})("z", d, ()), dense("z", d, ()))
+    assert torch.equal(cheapest({size("z", (3,), 5, 1): 1.0}, 1, set())("z", d, ()), dense("z", d, ()))
 
 
 def test_work_counts_products_by_flops_and_writes_by_elements() -> None:
@@ -128,3 +131,31 @@ def test_auto_counts_once_and_leaves_the_generators_alone() -> None:
 def _counted(calls: list[int], model: Callable[[], None]) -> None:
     calls.append(1)
     model()
+
+
+def test_auto_is_counted_again_for_batches_of_another_size() -> None:
+    """What a batch of two rows costs decides nothing for one of 64; nor does a labelled batch, without the site."""
+    scores = torch.randn(64, 40)
+    decoder = torch.nn.Linear(40 + 3, 50)
+
+    def draw(x: Tensor, y: Tensor | None) -> Tensor:
+        return pyro.sample("z", sdist.SparseOneHotCategorical(2 * scores[: len(x)])) if y is None else y
+
+    def guide(x: Tensor, y: Tensor | None) -> None:
+        with pyro.plate("data", len(x)):
+            draw(x, y)
+
+    def model(x: Tensor, y: Tensor | None) -> None:
+        with pyro.plate("data", len(x)):
+            z = draw(x, y)
+            h = decoder(torch.cat([z, x.expand(z.shape[:-1] + x.shape[-1:])], -1))
+            pyro.sample("x", dist.Normal(h.mean(-1), 1.0), obs=x.mean(-1))
+
+    def sizes(*batches: tuple[int, bool]) -> dict[Any, float]:
+        elbo = SparseEnumELBO("auto", max_plate_nesting=1, strict_enumeration_warning=False)
+        for rows, labelled in batches:
+            y = torch.nn.functional.one_hot(torch.zeros(rows).long(), 40).to(scores) if labelled else None
+            elbo.loss_and_grads(model, guide, torch.randn(rows, 3), y)
+        return dict(elbo._ratios)
+
+    assert sizes((64, True), (2, False), (64, False)) == {**sizes((64, False)), **sizes((2, False))}

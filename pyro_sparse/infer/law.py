@@ -1,0 +1,42 @@
+"""What a site draws from, whatever mask lies on its log-probability: a mask is for costs, not for draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
+from pyro.distributions.score_parts import ScoreParts
+from torch import Size, Tensor
+from torch.distributions import Independent
+
+from pyro_sparse.estimators.base import element
+
+
+def law(fn: Any) -> Any:
+    """``fn`` without its masks, also those under ``to_event`` and ``expand``; ``fn`` itself where there are none."""
+    if isinstance(fn, MaskedDistribution):
+        return law(fn.base_dist)
+    if isinstance(fn, Independent | ExpandedDistribution) and (base := law(fn.base_dist)) is not fn.base_dist:
+        return (
+            base.to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, Independent) else base.expand(fn.batch_shape)
+        )
+    return fn
+
+
+def padded_law(fn: Any, dims: int) -> Any:
+    """The law with a batch shape of ``dims`` dims, those that it lacks of size one: slots come to the left of them."""
+    drawn = law(fn)
+    missing = dims - len(drawn.batch_shape)
+    return drawn.expand(Size((1,) * missing + drawn.batch_shape)) if missing > 0 else drawn
+
+
+def is_point_mass(fn: Any) -> bool:
+    """Whether it draws nothing: a value of the program's own, with its ``log_density``."""
+    return isinstance(element(law(fn)), Delta)
+
+
+def full_score_parts(fn: Any, value: Tensor) -> ScoreParts:
+    """As Pyro's without a pathwise part, whatever the family's are: the whole log-probability is the score function."""
+    log_prob, drawn = fn.log_prob(value), law(fn)
+    score = log_prob if drawn is fn else drawn.log_prob(value)
+    return ScoreParts(log_prob, score, 0)  # type: ignore[arg-type]
