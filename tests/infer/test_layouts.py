@@ -136,7 +136,7 @@ def _counted(calls: list[int], model: Callable[[], None]) -> None:
 def test_auto_is_counted_again_for_batches_of_another_size() -> None:
     """What a batch of two rows costs decides nothing for one of 64; nor does a labelled batch, without the site."""
     scores = torch.randn(64, 40)
-    decoder = torch.nn.Linear(40 + 3, 50)
+    of_outcome, of_row, out = nn.Linear(40, 50), nn.Linear(3, 50), nn.Linear(50, 1)
 
     def draw(x: Tensor, y: Tensor | None) -> Tensor:
         return pyro.sample("z", sdist.SparseOneHotCategorical(2 * scores[: len(x)])) if y is None else y
@@ -148,8 +148,8 @@ def test_auto_is_counted_again_for_batches_of_another_size() -> None:
     def model(x: Tensor, y: Tensor | None) -> None:
         with pyro.plate("data", len(x)):
             z = draw(x, y)
-            h = decoder(torch.cat([z, x.expand(z.shape[:-1] + x.shape[-1:])], -1))
-            pyro.sample("x", dist.Normal(h.mean(-1), 1.0), obs=x.mean(-1))
+            loc = out((of_outcome(z) + of_row(x)).tanh()).squeeze(-1)
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x.mean(-1))
 
     def sizes(*batches: tuple[int, bool]) -> dict[Any, float]:
         elbo = SparseEnumELBO("auto", max_plate_nesting=1, strict_enumeration_warning=False)
