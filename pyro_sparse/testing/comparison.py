@@ -1,12 +1,15 @@
-"""What the checks of ELBOs share: a clean room to run in, and when two numbers agree."""
+"""What the checks of ELBOs share: a clean room to run in, when two numbers agree, what a trace has drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine.util import site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
@@ -33,6 +36,20 @@ def wrong_quantities(expected: dict[str, Tensor], got: dict[str, Tensor], tol: f
     worst = _excess(first, value).argmax()
     numbers = f"expected {first.flatten()[worst]:.12g}, got {value.flatten()[worst]:.12g}"
     return f"{len(wrong)} quantities differ, first the {wrong[0]}: {numbers}"
+
+
+def sampled(trace: Any) -> list[Any]:
+    """The sample sites of a trace."""
+    return [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
+
+
+def drawn_log_prob(site: Any) -> Tensor:
+    """The log-probability with which a site's value was drawn: masks and scales are for costs."""
+    fn = site["fn"]
+    while isinstance(fn, MaskedDistribution):
+        fn = fn.base_dist
+    log_prob: Tensor = fn.log_prob(site["value"])
+    return log_prob
 
 
 def _excess(expected: Tensor, got: Tensor) -> Tensor:
