@@ -200,8 +200,8 @@ def _objective(run: Callable[[], tuple[Tensor, Tensor]], parameters: dict[str, T
     for parameter in parameters.values():
         parameter.grad = None
     for probability, (log_q, value) in outcomes(run):
-        # The probability of the path: that of the guide's discrete values, times that of noise and of subsamples.
-        weight = log_q.exp() * (probability / log_q.detach().exp())
+        # The probability of the path, whose derivative is that of the guide's discrete values.
+        weight = probability * (log_q - log_q.detach()).exp()
         loss = loss - weight.detach() * value.detach()
         (-weight * value).backward()
     return {"loss": loss, **_gradients(parameters)}
