@@ -107,6 +107,7 @@ def estimator_grid() -> list[EstimatorModel]:
     for kind, small in (("categorical", TWO), ("Bernoulli", BIT)):
         models += [
             _make(kind, "diamond", diamond, small),
+            _make(kind, "three of a chain", chain, small, 3),
             _make(kind, "four in a row", chain, small, 4),
             _make(kind, "nested plates, sites in every row", nested_plates, small, 2, 2, True, nesting=2),
         ]
@@ -159,12 +160,12 @@ def _structured_models() -> list[EstimatorModel]:
             _make(kind, "outer of two plates", outer_of_two, large, 1, nesting=2),
             _make(kind, "outer of two plates, two rows", outer_of_two, small, 2, nesting=2),
             _make(kind, "apart in the guide only", mean_field, large, small),
-            _make(kind, "three in a row", chain, small, 3),
             _make(kind, "masked", masked, small, nesting=1),
             _make(kind, "masked by a parent", masked_by_parent, small, large),
         ]
     return [
         *models,
+        _make("categorical", "three in a row", chain, TWO, 3),
         _make("categorical", "five outcomes", one_site, FIVE),
         _make("categorical", "five outcomes, outer of two plates", outer_of_two, FIVE, 1, nesting=2),
         _make("categorical", "masked, sparse", masked, SPARSE, nesting=1),

@@ -60,10 +60,10 @@ def _check_program(make_elbo: Callable[..., ELBO], program: RandomProgram, tol: 
         guide_trace = poutine.trace(program.guide).get_trace()
         poutine.replay(program.model, trace=guide_trace)()
         parameters = dict(pyro.get_param_store().named_parameters())
-        expected = _gradients(enumerated_loss(program), parameters)
+        expected = gradients(enumerated_loss(program), parameters)
         try:
             elbo: Any = make_elbo(program.estimators(), **program.options)
-            got = _gradients(elbo.differentiable_loss(program.model, program.served_guide()), parameters)
+            got = gradients(elbo.differentiable_loss(program.model, program.served_guide()), parameters)
         except Exception as error:  # whatever it is, say in which program
             return f"raised {error!r} in"
         wrong = wrong_quantities(expected, got, tol)
@@ -98,7 +98,7 @@ def _plates_of(site: Any) -> frozenset[str]:
     return frozenset(frame.name for frame in site["cond_indep_stack"])
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The loss and all its gradients."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if loss.requires_grad else ()
     gradients = {f"gradient of {name}": torch.zeros_like(p) for name, p in parameters.items()}

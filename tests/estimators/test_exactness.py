@@ -53,6 +53,13 @@ SMALL = [
     *("Bernoulli, subsampled plate", "Bernoulli, nested plates, sites in the outer", "Bernoulli, masked and scaled"),
     *("Bernoulli, between reparameterised sites", "shared, outside and inside a plate", "outside, sum over a plate"),
     "branch, another site in one branch",
+    *("categorical, outer of two plates", "categorical, five outcomes, outer of two plates"),
+    *("categorical, apart in the guide only", "categorical, three in a row"),
+    *("categorical, masked", "categorical, masked by a parent", "categorical, masked, sparse", "one-hot, masked"),
+    *("Bernoulli, masked", "Bernoulli, outer of two plates"),
+    *("shared, categorical, outside of the data's plate", "categorical with zeros, a zero as a logit"),
+    *("one-hot with zeros, all but one zero as logits", "Bernoulli with zeros, a zero"),
+    *("categorical beside sequential, before", "categorical beside sequential, a zero"),
 ]
 
 
