@@ -78,18 +78,19 @@ def estimator_models() -> list[EstimatorModel]:
     ========================== ========================================================================================
     categorical                one site; two sites, the second dependent on the first, in the guide or in the prior
                                only; three in a row; sites in a subsampled plate, in nested plates, in the outer of
-                               two, masked, scaled, between reparameterised ones; sparse outcomes
+                               two, outside the plate of the data, masked, scaled, between reparameterised ones; sparse
+                               outcomes
     Bernoulli                  the same with Bernoulli sites, and linear in each of their values
     one-hot                    one site, also masked; two sites in a plate, the second dependent on the first; linear in
                                the values
     categorical and Bernoulli  one of each in a subsampled plate
     vector                     bits under ``to_event(1)``, also masked
     shared                     a latent variable outside the plate of the data, and another inside
-    shared, categorical        a latent variable outside the plate of the data
     outside                    a latent variable in a plate whose values meet outside of it
     branch                     a model that branches in Python on a discrete value
     ... with zeros             a site of each of the first three kinds with probabilities of exactly zero or one, or
                                subnormal ones
+    Bernoulli, then sparse     a sparse site that depends on a bit
     ... sequential             a categorical or Bernoulli site beside, given, or before ("parent of") one that is
                                enumerated sequentially
     ========================== ========================================================================================
@@ -171,9 +172,9 @@ def _structured_models() -> list[EstimatorModel]:
         _make("categorical", "masked, sparse", masked, SPARSE, nesting=1),
         _make("one-hot", "masked", masked_one_hot, nesting=1),
         _make("vector", "masked", masked_vector, nesting=1),
-        _make("shared", "outside of the data's plate", beside_plate, BIT, nesting=1),
-        _make("shared, categorical", "outside of the data's plate", beside_plate, THREE, nesting=1),
-        _make("shared, categorical", "five outcomes, outside of the data's plate", beside_plate, FIVE, nesting=1),
+        _make("Bernoulli", "outside of the data's plate", beside_plate, BIT, nesting=1),
+        _make("categorical", "outside of the data's plate", beside_plate, THREE, nesting=1),
+        _make("categorical", "five outcomes, outside of the data's plate", beside_plate, FIVE, nesting=1),
     ]
 
 

@@ -58,7 +58,7 @@ SMALL = [
     *("categorical, apart in the guide only", "categorical, three in a row"),
     *("categorical, masked", "categorical, masked by a parent", "categorical, masked, sparse", "one-hot, masked"),
     *("Bernoulli, masked", "Bernoulli, outer of two plates"),
-    *("shared, categorical, outside of the data's plate", "categorical with zeros, a zero as a logit"),
+    *("categorical, outside of the data's plate", "categorical with zeros, a zero as a logit"),
     *("one-hot with zeros, all but one zero as logits", "Bernoulli with zeros, a zero"),
     *("categorical beside sequential, before", "categorical beside sequential, a zero"),
 ]
@@ -91,7 +91,7 @@ def probability_of_exactly(count: int, n: int, rare: Tensor) -> Tensor:
 LINKS = ("beside", "given", "parent of")
 SEQUENTIAL = tuple(f"{family} {link} sequential" for family in ("categorical", "Bernoulli") for link in LINKS)
 WITH_INDICES = (
-    *("categorical", "categorical and Bernoulli", "shared, categorical", "categorical with zeros"),
+    *("categorical", "categorical and Bernoulli", "categorical with zeros"),
     *("Bernoulli, then sparse", *SEQUENTIAL[:3]),
 )
 ONE_VALUE = ()  # serves everything
@@ -115,7 +115,7 @@ UNBIASED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "Rao-Blackwell, top two": (lambda: RaoBlackwell(2), SLOTS),
     "Rao-Blackwell by coverage": (lambda: RaoBlackwell(coverage=0.6), SLOTS),
     "DisARM": (DisARM, BITS),
-    "VIMCO": (lambda: VIMCO(2), ("branch", "outside", "shared", "shared, categorical", *SEQUENTIAL)),
+    "VIMCO": (lambda: VIMCO(2), ("branch", "outside", "shared", *SEQUENTIAL)),
     "exact": (Exact, SLOTS),
     "unordered set": (lambda: UnorderedSet(2), SLOTS),
     "local expectation": (LocalExpectation, ELEMENTS),

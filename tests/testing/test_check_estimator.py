@@ -457,8 +457,8 @@ def test_a_memo_in_the_shape_of_the_batch_fails() -> None:
     names = [
         "categorical, outer of two plates",
         "categorical, five outcomes, outer of two plates",
-        "shared, categorical, outside of the data's plate",
-        "shared, categorical, five outcomes, outside of the data's plate",
+        "categorical, outside of the data's plate",
+        "categorical, five outcomes, outside of the data's plate",
     ]
     for name in names:
         with pytest.raises(AssertionError, match="1 of 1 models differ"):
