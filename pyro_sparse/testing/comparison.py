@@ -1,14 +1,18 @@
-"""What the checks of ELBOs share: a clean room to run in, and when two numbers agree."""
+"""What the checks of ELBOs share: a clean room to run in, when two numbers agree, what a trace has drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine.util import site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
+from torch.distributions import Independent
 
 
 @contextmanager
@@ -33,6 +37,25 @@ def wrong_quantities(expected: dict[str, Tensor], got: dict[str, Tensor], tol: f
     worst = _excess(first, value).argmax()
     numbers = f"expected {first.flatten()[worst]:.12g}, got {value.flatten()[worst]:.12g}"
     return f"{len(wrong)} quantities differ, first the {wrong[0]}: {numbers}"
+
+
+def sampled(trace: Any) -> list[Any]:
+    """The sample sites of a trace."""
+    return [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
+
+
+def drawn_log_prob(site: Any) -> Tensor:
+    """The log-probability with which a site's value was drawn: masks and scales are for costs."""
+    log_prob: Tensor = _unmasked(site["fn"]).log_prob(site["value"])
+    return log_prob
+
+
+def _unmasked(fn: Any) -> Any:
+    if isinstance(fn, MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, Independent):
+        return Independent(_unmasked(fn.base_dist), fn.reinterpreted_batch_ndims)
+    return fn
 
 
 def _excess(expected: Tensor, got: Tensor) -> Tensor:

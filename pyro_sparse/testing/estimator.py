@@ -10,14 +10,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer import ELBO
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_sparse.estimators import Baseline, Estimator, ScoreFunction
 from pyro_sparse.infer import EstimatorELBO
-from pyro_sparse.testing.comparison import clean_room, wrong_quantities
+from pyro_sparse.testing.comparison import clean_room, drawn_log_prob, sampled, wrong_quantities
 from pyro_sparse.testing.estimator_models import EstimatorModel, estimator_models
 from pyro_sparse.testing.outcomes import outcomes
 
@@ -57,9 +55,9 @@ def check_estimator(
         e: the estimator; or a baseline, for ``ScoreFunction(e)``; or what makes an ELBO from the keyword
             ``max_plate_nesting``: a class, or a ``functools.partial`` of it.
         models: what to check it on. The default is
-            :func:`~pyro_sparse.testing.estimator_models.estimator_models`: some 20 small models, seconds of work where
-            the estimator draws twice at each site. The estimator may refuse a kind of them, by errors that name a
-            site. For a model of your own, pass an :class:`~pyro_sparse.testing.estimator_models.EstimatorModel`.
+            :func:`~pyro_sparse.testing.estimator_models.estimator_models`: some 60 small models, seconds of work,
+            tens of them where the estimator draws twice at each site. The estimator may refuse a kind of them, by
+            errors that name a site. For a model of your own, pass an :class:`~pyro_sparse.testing.estimator_models.EstimatorModel`.
         tol: the largest difference, absolute up to one and relative above.
 
     Raises:
@@ -131,7 +129,7 @@ def _is_refused(model: EstimatorModel, error: Exception, served: set[str]) -> bo
         return False
     with clean_room():
         trace = poutine.trace(model.guide).get_trace(*model.args)
-    return any(f"'{site['name']}'" in str(error) for site in _sampled(trace))
+    return any(f"'{site['name']}'" in str(error) for site in sampled(trace))
 
 
 def _check_model(make_elbo: MakeELBO, model: EstimatorModel, tol: float) -> str:
@@ -202,8 +200,8 @@ def _objective(run: Callable[[], tuple[Tensor, Tensor]], parameters: dict[str, T
     for parameter in parameters.values():
         parameter.grad = None
     for probability, (log_q, value) in outcomes(run):
-        # The probability of the path: that of the guide's discrete values, times that of noise and of subsamples.
-        weight = log_q.exp() * (probability / log_q.detach().exp())
+        # The probability of the path, whose derivative is that of the guide's discrete values.
+        weight = probability * (log_q - log_q.detach()).exp()
         loss = loss - weight.detach() * value.detach()
         (-weight * value).backward()
     return {"loss": loss, **_gradients(parameters)}
@@ -223,7 +221,7 @@ def _bound(model: EstimatorModel, n: int) -> tuple[Tensor, Tensor]:
         return pyro.plate("particles", n, dim=dim)(program)
 
     guide_trace, model_trace = _traces(particles(model.guide), particles(model.model), model.args)
-    sites = [(1, site) for site in _sampled(model_trace)] + [(-1, site) for site in _sampled(guide_trace)]
+    sites = [(1, site) for site in sampled(model_trace)] + [(-1, site) for site in sampled(guide_trace)]
     stacks = [{frame.name: frame for frame in site["cond_indep_stack"]} for _, site in sites]
     shared = set.intersection(*(set(stack) for stack in stacks))
     scale = math.prod(frame.full_size / frame.size for name, frame in stacks[0].items() if name in shared)
@@ -244,17 +242,10 @@ def _traces(guide: Callable[..., Any], model: Callable[..., Any], args: tuple[An
     return guide_trace, model_trace
 
 
-def _sampled(trace: Any) -> list[Any]:
-    return [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
-
-
 def _log_q(guide_trace: Any) -> Tensor:
     """The log-probability with which the discrete values were drawn, whatever their scale and mask."""
     total = torch.zeros(())
-    for site in _sampled(guide_trace):
-        fn = site["fn"]
-        while isinstance(fn, MaskedDistribution):
-            fn = fn.base_dist
-        if not fn.has_rsample:
-            total = total + fn.log_prob(site["value"]).sum()
+    for site in sampled(guide_trace):
+        if not site["fn"].has_rsample:
+            total = total + drawn_log_prob(site).sum()
     return total

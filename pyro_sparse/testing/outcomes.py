@@ -148,12 +148,17 @@ class _Replay(TorchDispatchMode):
     def _row(self, law: Law) -> Iterator[int]:
         """Draws from one urn, one after the other."""
         weights = list(law.weights)
+        drawn: set[int] = set()
         for _ in range(law.draws):
             total = math.fsum(weights)
-            value = self._choose([weight / total for weight in weights])
+            if total > 0:
+                value = self._choose([weight / total for weight in weights])
+            else:  # torch goes on with outcomes of probability zero, in any order
+                value = min(set(range(len(weights))) - drawn)
             yield value
             if not law.replacement:
                 weights[value] = 0.0
+                drawn.add(value)
 
     def _choose(self, probabilities: Sequence[float]) -> int:
         possible = [i for i, p in enumerate(probabilities) if p > 0]

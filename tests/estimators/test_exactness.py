@@ -42,7 +42,8 @@ from pyro_sparse.estimators import (
 )
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO
 from pyro_sparse.testing import check_estimator
-from pyro_sparse.testing.estimator_models import BIT, EstimatorModel, estimator_models, nested_plates
+from pyro_sparse.testing.estimator_models import EstimatorModel, estimator_grid, estimator_models
+from pyro_sparse.testing.estimator_programs import BIT, nested_plates
 from pyro_sparse.testing.outcomes import outcomes
 
 MODELS = {model.name: model for model in estimator_models()}
@@ -53,6 +54,13 @@ SMALL = [
     *("Bernoulli, subsampled plate", "Bernoulli, nested plates, sites in the outer", "Bernoulli, masked and scaled"),
     *("Bernoulli, between reparameterised sites", "shared, outside and inside a plate", "outside, sum over a plate"),
     "branch, another site in one branch",
+    *("categorical, outer of two plates", "categorical, five outcomes, outer of two plates"),
+    *("categorical, apart in the guide only", "categorical, three in a row"),
+    *("categorical, masked", "categorical, masked by a parent", "categorical, masked, sparse", "one-hot, masked"),
+    *("Bernoulli, masked", "Bernoulli, outer of two plates"),
+    *("categorical, outside of the data's plate", "categorical with zeros, a zero as a logit"),
+    *("one-hot with zeros, all but one zero as logits", "Bernoulli with zeros, a zero"),
+    *("categorical beside sequential, before", "categorical beside sequential, a zero"),
 ]
 
 
@@ -80,12 +88,18 @@ def probability_of_exactly(count: int, n: int, rare: Tensor) -> Tensor:
 
 
 # Each with the kinds of models that it refuses.
+LINKS = ("beside", "given", "parent of")
+SEQUENTIAL = tuple(f"{family} {link} sequential" for family in ("categorical", "Bernoulli") for link in LINKS)
+WITH_INDICES = (
+    *("categorical", "categorical and Bernoulli", "categorical with zeros"),
+    *("Bernoulli, then sparse", *SEQUENTIAL[:3]),
+)
 ONE_VALUE = ()  # serves everything
-ONE_RUN = ("branch",)
+ONE_RUN = ("branch", *SEQUENTIAL)
 SLOTS = ("branch", "outside", "vector")
-BITS = ("branch", "outside", "categorical", "categorical and Bernoulli", "one-hot")
+BITS = ("branch", "outside", "one-hot", "one-hot with zeros", *WITH_INDICES)
 ELEMENTS = ("branch", "outside")
-BETWEEN = ("branch", "outside", "categorical", "categorical and Bernoulli")  # no indices
+BETWEEN = ("branch", "outside", *WITH_INDICES)
 UNBIASED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "score function": (ScoreFunction, ONE_VALUE),
     "moving average": (MovingAverage, ONE_VALUE),
@@ -95,13 +109,13 @@ UNBIASED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "scaled": (lambda: Scaled(SelfCritic()), ONE_VALUE),
     "sum": (lambda: Sum(MovingAverage(), TrainableConstant()), ONE_VALUE),
     "leave-one-out": (lambda: LeaveOneOut(2), ONE_RUN),
-    "leave-one-out, one by one": (lambda: LeaveOneOut(2, vectorized=False), ONE_VALUE),
+    "leave-one-out, one by one": (lambda: LeaveOneOut(2, vectorized=False), SEQUENTIAL),
     "Rao-Blackwell": (RaoBlackwell, SLOTS),
     "Rao-Blackwell, two in the tail": (lambda: RaoBlackwell(1, 2), SLOTS),
     "Rao-Blackwell, top two": (lambda: RaoBlackwell(2), SLOTS),
     "Rao-Blackwell by coverage": (lambda: RaoBlackwell(coverage=0.6), SLOTS),
     "DisARM": (DisARM, BITS),
-    "VIMCO": (lambda: VIMCO(2), ("branch", "outside", "shared")),
+    "VIMCO": (lambda: VIMCO(2), ("branch", "outside", "shared", *SEQUENTIAL)),
     "exact": (Exact, SLOTS),
     "unordered set": (lambda: UnorderedSet(2), SLOTS),
     "local expectation": (LocalExpectation, ELEMENTS),
@@ -175,7 +189,7 @@ def test_what_is_refused_is_refused_by_site(name: str) -> None:
     make, refused = UNBIASED[name]
     for kind in refused:
         model = next(model for model in MODELS.values() if model.kind == kind)
-        with pytest.raises(AssertionError, match=r"the estimator raised ValueError.*site '(y|z|bits)'"):
+        with pytest.raises(AssertionError, match=r"the estimator raised ValueError.*site '(y|z|z0|b|bits)'"):
             check_estimator(make(), models=[model])
 
 
@@ -225,6 +239,25 @@ def test_mixtures(estimators: dict[str, Estimator]) -> None:
     )
 
 
+@pytest.mark.parametrize("first", [MuProp, RaoBlackwell, lambda: DoubleControlVariate(2)])
+def test_before_a_site_with_slots_of_probability_zero(first: Callable[[], Estimator]) -> None:
+    model = MODELS["Bernoulli, then sparse, two dependent sites"]
+    check_estimator(lambda **options: EstimatorELBO({"y": first(), "z": Exact()}, **options), models=[model])
+    check_estimator(lambda **options: EstimatorELBO({"y": first(), "z": RaoBlackwell(3)}, **options), models=[model])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNBIASED)
+def test_unbiased_on_longer_models(name: str) -> None:
+    """Where the number of draws allows it."""
+    make, refused = UNBIASED[name]
+    e = make()
+    twice = getattr(e, "num_particles", 1) > 1 or name in ("DisARM", "double control variate", "unordered set")
+    long = ("diamond", "every row", "four in a row", "chain") if twice else ()
+    models = [m for m in estimator_grid() if m.kind not in refused and not any(what in m.name for what in long)]
+    check_estimator(e, models=[replace(m, kind="") for m in models])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "estimators",
@@ -242,6 +275,7 @@ def test_a_mixture_in_a_plate(estimators: dict[str, Estimator]) -> None:
 )
 def test_options_of_the_elbo(name: str, options: dict[str, Any]) -> None:
     names = ["Bernoulli, two dependent sites", "Bernoulli, nested plates, sites in the outer"]
+    names.append("Bernoulli, apart in the guide only")  # the divergence of z depends on y by the prior
     if name != "DisARM":  # whose pairs have many outcomes here
         names.append("Bernoulli, between reparameterised sites")
 

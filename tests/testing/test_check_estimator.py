@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,14 +13,27 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_sparse.estimators import DisARM, Estimator, LeaveOneOut, MovingAverage, SampleBaseline, ScoreFunction, Site
+from pyro_sparse.estimators import (
+    DisARM,
+    Estimator,
+    LeaveOneOut,
+    LocalExpectation,
+    MovingAverage,
+    SampleBaseline,
+    ScoreFunction,
+    Site,
+    Slots,
+)
 from pyro_sparse.infer import EstimatorELBO
 from pyro_sparse.testing import check_estimator
+from pyro_sparse.testing.comparison import drawn_log_prob, sampled
 from pyro_sparse.testing.estimator import WARM_UP
-from pyro_sparse.testing.estimator_models import EstimatorModel, estimator_models
+from pyro_sparse.testing.estimator_models import EstimatorModel, estimator_grid, estimator_models
 from pyro_sparse.testing.outcomes import outcomes
 
 MODELS = {model.name: model for model in estimator_models()}
@@ -334,17 +348,162 @@ def test_state_is_put_back(e: Estimator | type[ELBO]) -> None:
 
 def test_the_models_are_what_they_say() -> None:
     """Guards the other tests: a model whose guide is trivial would pass everything."""
-    assert len(MODELS) == len(estimator_models())
-    for model in MODELS.values():
+    grid = estimator_grid()
+    assert len(MODELS) == len(estimator_models()) and not MODELS.keys() & {model.name for model in grid}
+    for model in (*MODELS.values(), *grid):
         pyro.clear_param_store()
-        trace = poutine.trace(model.guide).get_trace()
-        latent = [
-            site for site in trace.nodes.values() if site["type"] == "sample" and site["name"] in ("y", "z", "bits")
-        ]
+        sites = sampled(poutine.trace(model.guide).get_trace())
+        latent = [site for site in sites if not site["fn"].has_rsample]
         assert latent
         for site in latent:
-            probs = site["fn"].log_prob(site["value"]).exp()
-            assert ((probs > 0.01) & (probs < 0.99)).all() or model.name == "categorical, sparse site"
+            probs = drawn_log_prob(site).exp()
+            edge = "zero" in model.name or "spars" in model.name
+            assert ((probs > 0.01) & (probs < 0.99)).all() or edge
     pyro.clear_param_store()
     sparse = poutine.trace(MODELS["categorical, sparse site"].guide).get_trace().nodes["z"]["fn"]
     assert sparse.support_size == 2
+    beside = poutine.trace(MODELS["categorical beside sequential, a zero"].guide).get_trace().nodes["b"]
+    assert beside["infer"]["enumerate"] == "sequential" and beside["fn"].logits.isneginf().any()
+    tiny = poutine.trace(MODELS["categorical with zeros, subnormal"].guide).get_trace().nodes["z"]["fn"].logits
+    assert 0 < math.exp(tiny.detach().min()) < torch.finfo(torch.float64).tiny
+
+
+# What the models catch: each mechanism, kept apart from the package's own code.
+
+
+class Enumerated(Trace_ELBO):
+    """Sums over all outcomes; wrong where a site's weight lacks those of ancestors that are not its parents."""
+
+    def __init__(self, with_ancestors: bool, max_plate_nesting: int) -> None:
+        super().__init__(max_plate_nesting=max_plate_nesting)
+        self.with_ancestors = with_ancestors
+
+    def loss_and_grads(self, model: Any, guide: Any) -> Tensor:
+        enumerated = poutine.enum(config_enumerate(guide), first_available_dim=-1)
+        guide_trace = poutine.trace(enumerated).get_trace()
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace()
+        model_trace.compute_log_prob()
+        log_qs = {site["infer"]["_enumerate_dim"]: drawn_log_prob(site) for site in sampled(guide_trace)}
+        elbo = sum(site["log_prob"] for site in sampled(model_trace)) - sum(log_qs.values())
+        weight = sum(log_qs.values()).exp().detach()
+        surrogate = (weight * elbo).sum()
+        for log_q in log_qs.values():
+            dims = [dim for dim in log_qs if log_q.dim() >= -dim and log_q.shape[dim] > 1]
+            if self.with_ancestors:
+                surrogate = surrogate + (weight * elbo.detach() * log_q).sum()
+                continue
+            cost = elbo.detach()
+            for dim in sorted(log_qs):  # the last site first
+                if dim not in dims and cost.dim() >= -dim:
+                    cost = (cost * log_qs[dim].detach().exp()).sum(dim, keepdim=True)
+            surrogate = surrogate + (sum(log_qs[dim] for dim in dims).exp().detach() * cost * log_q).sum()
+        (-surrogate).backward()
+        return -(weight * elbo).sum().detach()
+
+
+def test_weights_without_ancestors_fail_in_a_chain() -> None:
+    chain = MODELS["categorical, three in a row"]
+    check_estimator(partial(Enumerated, True), models=[TWO, chain])
+    check_estimator(partial(Enumerated, False), models=[TWO])
+    with pytest.raises(AssertionError, match=r"1 quantities differ, first the gradient of guide\.z2"):
+        check_estimator(partial(Enumerated, False), models=[chain])
+
+
+class DrawsFromTheMaskedDensity(Messenger):
+    """Takes the log-probability under a mask, which is zero, for that of the draw."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], MaskedDistribution) and not msg["is_observed"]:
+            outcomes = msg["fn"].enumerate_support(expand=True)
+            rows = msg["fn"].log_prob(outcomes).detach().exp().movedim(0, -1)
+            index = torch.multinomial(rows.reshape(-1, len(outcomes)), 1).reshape(1, *rows.shape[:-1])
+            msg["value"] = outcomes.gather(0, index)[0]
+
+
+class UnderTheMask(Trace_ELBO):
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().loss_and_grads(model, DrawsFromTheMaskedDensity()(guide), *args, **kwargs)
+
+
+def test_draws_from_the_masked_density_fail() -> None:
+    check_estimator(UnderTheMask, models=[ONE, MODELS["Bernoulli, masked and scaled"]])
+    for name in ("categorical, masked", "Bernoulli, masked", "categorical, masked by a parent"):
+        with pytest.raises(AssertionError, match="1 of 1 models differ"):
+            check_estimator(UnderTheMask, models=[MODELS[name]])
+
+
+class MemoOfTheBatch(LocalExpectation):
+    """One variable, whose probabilities have the shape of the batch, where costs may have dims between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: dict[str, Tensor] = {}
+
+    def draw(self, site: Site) -> Slots:
+        outcomes = site.fn.enumerate_support(expand=False)
+        drawn = (site.fn.sample() == outcomes).long().argmax(0)
+        steps = torch.arange(len(outcomes)).reshape(-1, *(1,) * drawn.dim())
+        index = self.indices[site.name] = (drawn + steps) % len(outcomes)
+        return Slots(outcomes.flatten()[index], site.fn.log_prob(outcomes).detach().gather(0, index))
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        index = self.indices[site.name]
+        log_probs = site.fn.log_prob(site.fn.enumerate_support(expand=False)).gather(0, index)
+        return (cost - cost[0]) * log_probs.detach().exp() * log_probs * (index != index[:1]), 0.0
+
+
+def test_a_memo_in_the_shape_of_the_batch_fails() -> None:
+    check_estimator(MemoOfTheBatch(), models=[ONE, MODELS["Bernoulli, one site"]])
+    names = [
+        "categorical, outer of two plates",
+        "categorical, five outcomes, outer of two plates",
+        "categorical, outside of the data's plate",
+        "categorical, five outcomes, outside of the data's plate",
+    ]
+    for name in names:
+        with pytest.raises(AssertionError, match="1 of 1 models differ"):
+            check_estimator(MemoOfTheBatch(), models=[replace(MODELS[name], kind="")])
+
+
+class ScoresAnotherDraw(Trace_ELBO):
+    """In each branch of a sequential site b, the others' values are those of the first, and their scores are not."""
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        trace = poutine.trace(guide).get_trace()
+        surrogate = loss = torch.zeros(())
+        for value in trace.nodes["b"]["fn"].enumerate_support():
+            trace.nodes["b"]["value"] = value
+            own = poutine.trace(poutine.replay(guide, trace=trace)).get_trace()
+            theirs = poutine.trace(poutine.replay(model, trace=own)).get_trace()
+            elbo = theirs.log_prob_sum() - own.log_prob_sum()
+            q, z = own.nodes["b"]["fn"].log_prob(value).exp(), own.nodes["z"]["fn"]
+            surrogate = surrogate + q * elbo + q.detach() * elbo.detach() * z.log_prob(z.sample())
+            loss = loss - q.detach() * elbo.detach()
+        (-surrogate).backward()
+        return loss
+
+
+def test_scores_of_another_draw_fail_beside_a_sequential_site() -> None:
+    with pytest.raises(AssertionError, match=r"1 of 1 models differ(?s:.*)first the gradient of guide\.z"):
+        check_estimator(ScoresAnotherDraw, models=[MODELS["categorical beside sequential, after"]])
+
+
+class TimesZero(ScoreFunction):
+    """Has a term that is zero times the entropy, by p log p."""
+
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        log_probs = site.fn.log_prob(site.fn.enumerate_support(expand=True))
+        return cost * site.log_prob + 0 * (log_probs.exp() * log_probs).sum(), 0.0
+
+
+def test_zero_times_infinity_fails_at_the_edge() -> None:
+    check_estimator(TimesZero(), models=[ONE, MODELS["categorical with zeros, a zero"]])
+    for name in ("categorical with zeros, a zero as a logit", "one-hot with zeros, all but one zero as logits"):
+        with pytest.raises(AssertionError, match=r"1 of 1 models differ(?s:.*)got nan"):
+            check_estimator(TimesZero(), models=[replace(MODELS[name], kind="")])
+
+
+def test_a_set_of_outcomes_may_have_some_without_probability() -> None:
+    """torch draws on, in any order: those add nothing."""
+    weights = torch.tensor([[0.0, 1.0, 0.0]])
+    assert law(lambda: torch.multinomial(weights, 2)) == {(1, 0): 1.0}
