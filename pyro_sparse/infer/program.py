@@ -15,9 +15,9 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
-from torch.distributions import Bernoulli, kl_divergence
+from torch.distributions import Bernoulli, Categorical, OneHotCategorical, kl_divergence
 
-from pyro_sparse.distributions.kl import kl_bits
+from pyro_sparse.distributions.kl import kl_bits, kl_categorical
 from pyro_sparse.distributions.mixed_base import UnknownDivergence
 from pyro_sparse.estimators import Estimator, Site
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, Term, subsampling_scale, sum_to
@@ -53,7 +53,7 @@ class ScoreSite:
         cost = run.attached_costs.at(self.frames, self.dims, self.site.name)
         for later in run.scores:
             if later is not self and self.own_dim in later.dims:
-                log_prob = later.site.log_prob
+                log_prob = run.costs.mask(later.site.log_prob, relaxed=False)  # log 0 less log 0 would be NaN
                 signal = run.costs.at(later.frames, self.dims | later.dims, later.site.name)
                 score = run.costs.average(signal * (log_prob - log_prob.detach()), self.dims)
                 cost = cost + sum_to(score, later.frames, self.frames)
@@ -337,14 +337,15 @@ def _same_order(model_trace: Any, guide_trace: Any) -> list[str]:
 
 
 def _kl_divergence(p: Any, q: Any) -> Tensor:
-    """torch's, but for bits, which it makes infinite where a probability is rounded to one."""
+    """torch's, but for bits, which it makes infinite where a probability is rounded to one, and for zeros."""
     dims = getattr(p, "reinterpreted_batch_ndims", 0)
     if dims and getattr(q, "reinterpreted_batch_ndims", 0) == dims:
-        p_bits, q_bits = p.base_dist, q.base_dist
+        p_base, q_base = p.base_dist, q.base_dist
     else:
-        p_bits, q_bits, dims = p, q, 0
-    if isinstance(p_bits, Bernoulli) and isinstance(q_bits, Bernoulli):
-        return sum_rightmost(kl_bits(p_bits, q_bits), dims)
+        p_base, q_base, dims = p, q, 0
+    for kind, exact in ((Bernoulli, kl_bits), (Categorical, kl_categorical), (OneHotCategorical, kl_categorical)):
+        if isinstance(p_base, kind) and isinstance(q_base, kind):
+            return sum_rightmost(exact(p_base, q_base), dims)
     return kl_divergence(p, q)
 
 
