@@ -60,7 +60,8 @@ class UnorderedSet(Estimator):
             completed = self._completed(own, log_q.scatter(0, drawn, -math.inf).logsumexp(0))
             after = torch.stack([completed[1 << s] for s in range(self.k)])
             log_weights = own + after - completed[0]
-            return Slots(take_outcomes(outcomes, drawn), log_weights, memo=self._second_order(own, after, completed))
+            memo = self._second_order(own, after, completed)
+            return Slots(take_outcomes(outcomes, drawn), log_weights, self.k if self.k == len(outcomes) else 0, memo)
 
     def _completed(self, own: Tensor, others: Tensor) -> list[Tensor]:
         """
