@@ -19,6 +19,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
+from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.bound import importance_bound
@@ -29,6 +30,10 @@ from pyro_sparse.infer.relaxed import refuse_indices, smooth_sites
 from pyro_sparse.infer.undisturbed import undisturbed
 
 COSTS = ("plates", "graph")
+TWICE = (
+    "EstimatorELBO: expected one derivative, got a derivative of it. Where an estimator draws, its loss stands for the "
+    "first alone. Use Exact at every site, or SparseEnumELBO."
+)
 Update = Callable[[], None]
 
 
@@ -49,6 +54,8 @@ class EstimatorELBO(ELBO, nn.Module):
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
     **Extra model evaluations:** those of the estimators. **Needs from the guide:** what the estimators need.
+    **Second derivatives** of ``differentiable_loss``: right where no estimator draws (``Exact``; ``RaoBlackwell`` or
+    ``UnorderedSet`` of all outcomes), else an error, wherever the gradient is differentiated.
 
     Args:
         estimator: one :class:`~pyro_sparse.estimators.Estimator` for all sites, or ``{"site": e, "*": e}``.
@@ -153,6 +160,8 @@ class EstimatorELBO(ELBO, nn.Module):
         losses, updates = [], []
         for group in self._groups(model, guide, args, kwargs):
             surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+            if surrogate.requires_grad and not all(run.exact for run in group):
+                surrogate = differentiable_once(surrogate, TWICE)
             losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
             updates += own_updates
         loss = sum(losses[1:], losses[0])
@@ -285,6 +294,10 @@ class EstimatorELBO(ELBO, nn.Module):
         if not self._differentiated:
             group[0].check_derivatives()
             self._differentiated = True
+        weighted = any(run.scores or run.log_weight is not None for run in group)
+        if weighted and all(run.exact for run in group):
+            totals = [-run.attached_elbo() for run in group]
+            return sum(totals[1:], totals[0]) / self.num_particles, []
         totals, updates = [], []
         for run in group:
             parts, losses = run.costs.paths(), []

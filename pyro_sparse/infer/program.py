@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical, kl_di
 
 from pyro_sparse.distributions.kl import kl_bits, kl_categorical
 from pyro_sparse.distributions.mixed_base import UnknownDivergence
-from pyro_sparse.estimators import Estimator, Site
+from pyro_sparse.estimators import Estimator, Exact, LocalExpectation, RaoBlackwell, Site, UnorderedSet
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, Term, subsampling_scale, sum_to
 from pyro_sparse.infer.dependencies import Dependencies
 from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, data_plates
@@ -28,6 +28,8 @@ from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, refuse_indice
 _BRANCHES = re.compile(
     "Boolean value of Tensor with more than one value|cannot be converted to Scalar|only integer tensors of a single"
 )
+# Given all outcomes they are one and the same: the sum of the costs, weighted by probabilities.
+_SUMS = (Exact.forward, RaoBlackwell.forward, UnorderedSet.forward, LocalExpectation.forward)
 
 
 @dataclass
@@ -40,6 +42,12 @@ class ScoreSite:
     dims: frozenset[int]  # slot dims of its log-probability: its own, and those of the sites it depends on
     own_dim: int | None
     scale: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its outcomes are laid out, and its estimator sums over them in no way of its own."""
+        laid_out = self.own_dim is not None and (self.site.slots is None or self.site.slots.complete)
+        return laid_out and type(self.estimator).forward in _SUMS
 
     def cost(self, run: Run) -> Tensor:
         """Its cost, unscaled: one for each element of its plates, each slot of its own and of those it depends on."""
@@ -87,6 +95,22 @@ class Run:
     def attached_costs(self) -> Costs:
         """The costs with their derivatives, made when a site first asks for them."""
         return Costs(self.costs.terms, self.costs.slots, attached=True)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no estimator draws, so that :meth:`attached_elbo` is right in derivatives of every order."""
+        return all(s.complete for s in self.scores) and not (self.messenger.reparameterized or self.messenger.split)
+
+    def attached_elbo(self) -> Tensor:
+        """The ELBO with the derivatives of its terms and of the probabilities that weight them."""
+        slots = {**self.costs.slots}
+        for score in self.scores:
+            if score.own_dim in slots:
+                slot = slots[score.own_dim]
+                log_prob = torch.where(slot.weights > 0, score.site.log_prob, 0.0)
+                slots[score.own_dim] = replace(slot, weights=slot.weights * (log_prob - log_prob.detach()).exp())
+        elbo = Costs(self.costs.terms, slots, attached=True).at(())
+        return elbo if self.log_weight is None else self.log_weight.exp() * elbo
 
     def weighted(self, value: Tensor) -> Tensor:
         """Times the probability of the sequentially enumerated outcomes, detached."""
