@@ -21,17 +21,18 @@ JACOBIANS: tuple[Jacobian, ...] = get_args(Jacobian)
 def exact_logits(d: Any) -> Tensor:
     """
     The logits of a Bernoulli, Categorical or OneHotCategorical, ``(*batch, K)``, with -inf where it was made from a
-    probability of zero: torch makes that a finite one. (A probability that merely underflows keeps its logit.)
+    probability of zero: torch makes that a finite one. (A probability that merely underflows keeps its logit; a mask
+    by the lowest number of the dtype, which arithmetic cannot be done with, is -inf.)
     """
     bit = isinstance(d, Bernoulli)
     logits = torch.stack([d.logits, torch.zeros_like(d.logits)], -1) if bit else d.logits
-    if "probs" not in getattr(d, "_categorical", d).__dict__:
-        return logits  # it was made from them, and nobody has asked for its probabilities
-    if bit:
-        by_logit = d.logits.sigmoid()
-        zero = torch.stack([(d.probs == 0) & (by_logit > 0), (d.probs == 1) & (by_logit < 1)], -1)
-    else:
-        zero = (d.probs == 0) & (logits.exp() > 0)
+    zero = logits < logits.amax(-1, keepdim=True) - math.sqrt(torch.finfo(logits.dtype).max)
+    if "probs" in getattr(d, "_categorical", d).__dict__:  # else it was made from logits, and nobody has asked for them
+        if bit:
+            by_logit = d.logits.sigmoid()
+            zero |= torch.stack([(d.probs == 0) & (by_logit > 0), (d.probs == 1) & (by_logit < 1)], -1)
+        else:
+            zero |= (d.probs == 0) & (logits.exp() > 0)
     return logits.masked_fill(zero, -math.inf)
 
 
@@ -54,6 +55,15 @@ def conditional_gumbels(log_probs: Tensor, hard: Tensor) -> Tensor:
     noise = gumbel_like(torch.broadcast_tensors(log_probs, hard)[0])
     top = gumbel_like(noise[..., :1])
     return torch.where(hard > 0, top, -torch.logaddexp(-top, -(log_probs + noise)))
+
+
+def tempered_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    r"""
+    :math:`\mathrm{softmax}(\theta / \tau)`. A logit of -inf has no part in any derivative: by :math:`\tau` it would be
+    0 * inf.
+    """
+    off = logits == -math.inf
+    return (logits.masked_fill(off, 0.0) / temperature).masked_fill(off, -math.inf).softmax(-1)
 
 
 def one_hot_at_max(perturbed: Tensor) -> Tensor:
@@ -97,18 +107,17 @@ def draw_with_stand_in(
     if jacobian == "softmax":
         return hard, logits.softmax(-1)
     if jacobian == "gumbel-softmax":
-        return hard, ((logits + noise) / temperature).softmax(-1)
-    logits = logits.clamp(min=torch.finfo(logits.dtype).min)
+        return hard, tempered_softmax(logits + noise, temperature)
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min)
     if jacobian == "identity":
-        return hard, logits
+        return hard, finite
     # What is held fixed moves the point at which the softmax is differentiated.
-    fixed, moved = logits.detach(), logits - logits.detach()
-    if jacobian == "reinmax":
-        with torch.no_grad():  # a temperature may be trained
-            middle = (((fixed / temperature).softmax(-1) + hard) / 2).log()
+    fixed, moved = logits.detach(), finite - finite.detach()
+    if jacobian == "reinmax":  # a temperature may be trained, but not by this
+        middle = ((tempered_softmax(fixed, temperature) + hard) / 2).log().detach()
         return hard, 2 * (middle + moved).softmax(-1) - logits.softmax(-1) / 2
     others = conditional_gumbels(fixed.log_softmax(-1).expand(num_draws, *fixed.shape), hard)
-    return hard, ((others + moved) / temperature).softmax(-1).mean(0)
+    return hard, tempered_softmax(others + moved, temperature).mean(0)
 
 
 def linear_log_prob(logits: Tensor, value: Tensor) -> Tensor:

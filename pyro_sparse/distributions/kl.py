@@ -17,7 +17,6 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
-from pyro_sparse._numerics import safe_log
 from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.projected import ProjectedDistribution
@@ -42,13 +41,17 @@ def _log_probs(d: Finite) -> Tensor:
 @register_kl(OneHotCategorical, OneHotCategoricalST)
 @register_kl(OneHotCategoricalST, SparseOneHotCategorical)
 @register_kl(SparseOneHotCategorical, OneHotCategoricalST)
-def kl_finite(p: Finite, q: Finite) -> Tensor:
+def kl_categorical(p: Finite, q: Finite) -> Tensor:
+    """
+    Of two distributions of K outcomes, stock ones, too. torch's own has NaN gradients at logits of -inf, and is inf
+    where the probabilities of q underflow.
+    """
     if p.probs.shape[-1] != q.probs.shape[-1]:
         raise ValueError(
             f"kl_divergence({p}, {q}): expected as many outcomes in both, got {p.probs.shape[-1]} and "
             f"{q.probs.shape[-1]}. Compare distributions over the same outcomes."
         )
-    return _kl(p.probs, _log_probs(q))
+    return _kl(p.probs, _log_probs(p), _log_probs(q))
 
 
 @register_kl(BernoulliST, BernoulliST)
@@ -57,14 +60,16 @@ def kl_finite(p: Finite, q: Finite) -> Tensor:
 def kl_bits(p: Bernoulli, q: Bernoulli) -> Tensor:
     """Of two Bernoulli distributions. torch's own is inf where the probabilities of q are rounded to 0 or 1."""
     if "probs" in p.__dict__ or "probs" in q.__dict__:  # there may be exact zeros
-        return _kl(exact_logits(p).softmax(-1), exact_logits(q).log_softmax(-1))
+        log_p, log_q = (exact_logits(d).log_softmax(-1) for d in (p, q))
+        return _kl(log_p.exp(), log_p, log_q)
     return p.logits.sigmoid() * (p.logits - q.logits) + logsigmoid(-p.logits) - logsigmoid(-q.logits)
 
 
-def _kl(p_probs: Tensor, log_q: Tensor) -> Tensor:
-    p_probs, log_q = torch.broadcast_tensors(p_probs, log_q)
+def _kl(p_probs: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    p_probs, log_p, log_q = torch.broadcast_tensors(p_probs, log_p, log_q)
     off = p_probs == 0
     missing = ~off & (log_q == -math.inf)
     # What is inf is set apart before the product: 0 * inf would be NaN in value, and in the gradient of finite rows.
-    kl = (p_probs * (safe_log(p_probs, at_zero=0.0) - log_q.masked_fill(off | missing, 0.0))).sum(-1)
+    log_p, log_q = log_p.masked_fill(off, 0.0), log_q.masked_fill(off | missing, 0.0)
+    kl = (p_probs * (log_p - log_q)).sum(-1)
     return kl.masked_fill(missing.any(-1), math.inf)

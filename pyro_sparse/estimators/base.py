@@ -39,6 +39,11 @@ class Slots(NamedTuple):
     num_enumerated: int = 0
     memo: Tensor | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether no slot is a draw: the weighted sum of costs is then the expectation, right in all derivatives."""
+        return self.num_enumerated == len(self.log_weights)
+
 
 @dataclass
 class Site:
@@ -112,6 +117,9 @@ class Baseline(nn.Module):
 class Estimator(nn.Module):
     r"""
     An estimator of :math:`\nabla\, E_{q(z)} f(z)` with respect to the parameters of q, at one site.
+
+    The surrogate stands for its first derivative. Where all slots are outcomes (:attr:`Slots.complete`) an ELBO puts in
+    place of ours the sum of the costs, weighted by probabilities that keep their derivatives: it is right in all.
 
     Attributes:
         objective: what the gradient is the gradient of: ``"elbo"``, or ``"bound"`` for the n-particle bound.

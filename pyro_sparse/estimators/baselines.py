@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ class MovingAverage(Baseline):
     r"""
     .. math:: b \leftarrow b + \alpha_t\,(\bar f - b), \qquad \alpha_t = (1 - \beta) / (1 - \beta^t),
 
-    the bias-corrected running mean of the costs of earlier steps, pooled over plates; zero at the first step.
+    the bias-corrected running mean of the costs of earlier steps, pooled over plates; zero at the first step. Costs
+    that are NaN or infinite are left out; where there are no others, it stays.
 
     **Bias:** none: the value is used before it moves. **Extra model evaluations:** none.
 
@@ -49,14 +51,19 @@ class MovingAverage(Baseline):
 
     def update(self, cost: Tensor, site: Site) -> None:
         if self.num_data is None:
-            self.weight.mul_(self.beta).add_(1.0)
-            self.mean.lerp_(cost.mean().to(self.mean), self.weight.reciprocal())
+            mean, weight = self._moved(self.mean, self.weight, mean_of_finite(cost))
+            self.mean.copy_(mean)
+            self.weight.copy_(weight)
             return
         plate = self._plate(site)
         rows = self._rows(plate)
-        average = cost.movedim(plate.dim, -1).reshape(-1, plate.size).mean(0)
-        self.weight[rows] = self.beta * self.weight[rows] + 1.0
-        self.mean[rows] = torch.lerp(self.mean[rows], average.to(self.mean), self.weight[rows].reciprocal())
+        average = mean_of_finite(cost.movedim(plate.dim, -1).reshape(-1, plate.size), 0)
+        self.mean[rows], self.weight[rows] = self._moved(self.mean[rows], self.weight[rows], average)
+
+    def _moved(self, mean: Tensor, weight: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        average, more = average.to(mean), self.beta * weight + 1.0
+        moves = average.isfinite()
+        return torch.where(moves, mean.lerp(average, more.reciprocal()), mean), torch.where(moves, more, weight)
 
     def _plate(self, site: Site) -> Plate:
         if len(site.plates) != 1 or site.plates[0].full_size != self.num_data:
@@ -162,7 +169,7 @@ class Scaled(Baseline):
     .. math:: \bar f + c\,(b - \bar b), \qquad c = \frac{\mathrm{Cov}(f, b)}{\mathrm{Var}(b)}
 
     the linear function of b with the least variance, means and moments taken from earlier steps (bias-corrected
-    running ones). Until there is a step to learn from, or where b has not varied, it is b itself.
+    running ones; of finite costs). Until there is a step to learn from, or where b has not varied, it is b itself.
 
     **Bias:** none. **Extra model evaluations:** those of b.
 
@@ -199,12 +206,16 @@ class Scaled(Baseline):
         value = site.memo[self].expand_as(cost)
         weight = self.beta * self.weight + (1 - self.beta)
         rate = (1 - self.beta) / weight
-        f, b = cost.mean(), value.mean()
+        missing = (cost + value).isfinite().logical_not()
+        x, y = cost.masked_fill(missing, math.nan), value.masked_fill(missing, math.nan)
+        f, b = x.nanmean(), y.nanmean()
         step_f, step_b = f - self.moments[0], b - self.moments[1]
-        covariance = ((cost - f) * (value - b)).mean() + (1 - rate) * step_f * step_b
-        variance = (value - b).square().mean() + (1 - rate) * step_b.square()
-        self.moments.lerp_(torch.stack([f, b, covariance, variance]).to(self.moments), rate)
-        self.weight.copy_(weight)
+        covariance = ((x - f) * (y - b)).nanmean() + (1 - rate) * step_f * step_b
+        variance = (y - b).square().nanmean() + (1 - rate) * step_b.square()
+        moments = torch.stack([f, b, covariance, variance]).to(self.moments)
+        moves = moments.isfinite().all()
+        self.moments.copy_(torch.where(moves, self.moments.lerp(moments, rate), self.moments))
+        self.weight.copy_(torch.where(moves, weight, self.weight))
         self.baseline.update(cost, site)
 
 
@@ -229,6 +240,11 @@ class Sum(Baseline):
     def update(self, cost: Tensor, site: Site) -> None:
         self.first.update(cost, site)
         self.second.update(cost - site.memo[self], site)
+
+
+def mean_of_finite(cost: Tensor, dim: int | None = None) -> Tensor:
+    """The mean over what is finite; NaN where nothing is."""
+    return cost.masked_fill(cost.isfinite().logical_not(), math.nan).nanmean(dim)
 
 
 def network_input(owner: str, site: Site, inputs: Callable[..., Any] | None) -> Any:

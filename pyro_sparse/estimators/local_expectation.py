@@ -43,7 +43,7 @@ class LocalExpectation(Estimator):
             index = (index + steps) % len(outcomes)
             values = outcomes.reshape(-1, *base.event_shape)[index.reshape(len(steps), *drawn.shape[1:])]
             weights = (self._log_probs(base, index).exp() * _counts(steps)).sum(-1) / index.shape[-1]
-            return Slots(values, weights.log(), memo=index)
+            return Slots(values, weights.log(), len(steps) if index.shape[-1] == 1 else 0, index)
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         assert site.slots is not None and site.slots.memo is not None

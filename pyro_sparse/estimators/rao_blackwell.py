@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,14 +59,13 @@ class RaoBlackwell(Estimator):
             top, where_top = log_q.topk(k, 0)
             if k == len(outcomes):
                 return Slots(take_outcomes(outcomes, where_top), top, k)
-            probs = log_q.exp()
-            tail = probs.scatter(0, where_top, 0.0)
-            mass = tail.sum(0)
+            tail = log_q.scatter(0, where_top, -math.inf)
+            log_mass = tail.logsumexp(0)
             # A row without a tail draws from all of q: its draws have weight zero.
-            rows = torch.where(mass > 0, tail, probs).movedim(0, -1)
+            rows = torch.where(log_mass > -math.inf, tail, log_q).softmax(0).movedim(0, -1)
             drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.tail_samples, replacement=True)
             drawn = drawn.reshape((*rows.shape[:-1], self.tail_samples)).movedim(-1, 0)
-            weight = (mass / self.tail_samples).log().expand(drawn.shape)
+            weight = (log_mass - math.log(self.tail_samples)).expand(drawn.shape)
             return Slots(take_outcomes(outcomes, torch.cat([where_top, drawn])), torch.cat([top, weight]), k)
 
     def _count(self, log_q: Tensor) -> int:

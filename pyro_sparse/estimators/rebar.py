@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pyro_sparse._relaxation import conditional_gumbels, gumbel_like, one_hot_at_max
+from pyro_sparse._relaxation import conditional_gumbels, gumbel_like, one_hot_at_max, tempered_softmax
 from pyro_sparse.estimators.base import Estimator, Site, Slots
 from pyro_sparse.estimators.baselines import network_input
 from pyro_sparse.estimators.one_hot import OneHotView, one_hot_view
@@ -40,7 +40,7 @@ class _ControlVariate(Estimator):
 
     def relax(self, z: Tensor) -> Tensor:
         r""":math:`\mathrm{softmax}(z / \tau)`."""
-        return (z / self.log_temperature.exp().to(z)).softmax(-1)
+        return tempered_softmax(z, self.log_temperature.exp().to(z))
 
     def _learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,25 +50,31 @@ class UnorderedSet(Estimator):
                     f"UnorderedSet, site '{site.name}': expected k of at most {len(outcomes)}, the number of outcomes, "
                     f"got {self.k}. Lower it, or use Exact()."
                 )
-            probs = site.fn.log_prob(outcomes).exp()
-            rows = probs.movedim(0, -1)
+            log_q = site.fn.log_prob(outcomes)
+            # What is below the least normal number, a draw cannot tell from zero.
+            log_q = log_q.masked_fill(log_q < math.log(torch.finfo(log_q.dtype).tiny), -math.inf)
+            rows = log_q.exp().movedim(0, -1)
             drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.k)  # without replacement
             drawn = drawn.reshape(*rows.shape[:-1], self.k).movedim(-1, 0)
-            own = probs.gather(0, drawn)
-            completed = self._completed(own, probs.scatter(0, drawn, 0.0).sum(0))
+            own = log_q.gather(0, drawn)
+            completed = self._completed(own, log_q.scatter(0, drawn, -math.inf).logsumexp(0))
             after = torch.stack([completed[1 << s] for s in range(self.k)])
-            log_weights = (own * after / completed[0]).log()
-            return Slots(take_outcomes(outcomes, drawn), log_weights, memo=self._second_order(own, after, completed))
+            log_weights = own + after - completed[0]
+            memo = self._second_order(own, after, completed)
+            return Slots(take_outcomes(outcomes, drawn), log_weights, self.k if self.k == len(outcomes) else 0, memo)
 
     def _completed(self, own: Tensor, others: Tensor) -> list[Tensor]:
-        """For each subset A of S (a bit mask): the probability that draws go on to complete S once A is drawn."""
-        completed = [torch.ones_like(others)] * (1 << self.k)
+        """
+        For each subset A of S (a bit mask): the log-probability that draws go on to complete S once A is drawn. Of
+        peaked rows the probabilities themselves would underflow, all of a ratio's parts together.
+        """
+        completed = [torch.zeros_like(others)] * (1 << self.k)
         for mask in range((1 << self.k) - 2, -1, -1):
             missing = [s for s in range(self.k) if not mask >> s & 1]
-            left = sum((own[s] for s in missing), others)
-            ways = torch.stack([own[s] * completed[mask | 1 << s] for s in missing]).sum(0)
+            left = torch.stack([*(own[s] for s in missing), others]).logsumexp(0)
+            ways = torch.stack([own[s] + completed[mask | 1 << s] for s in missing]).logsumexp(0)
             # With nothing left to draw, what is missing has probability zero, and so no weight.
-            completed[mask] = torch.where(left > 0, ways / torch.where(left > 0, left, 1.0), 1.0)
+            completed[mask] = torch.where(left > -math.inf, ways - left, 0.0)
         return completed
 
     def _second_order(self, own: Tensor, after: Tensor, completed: list[Tensor]) -> Tensor:
@@ -74,7 +82,7 @@ class UnorderedSet(Estimator):
         rows = []
         for s in range(self.k):
             both = [completed[1 << s | 1 << t] if t != s else after[s] for t in range(self.k)]
-            rows.append(own * torch.stack(both) / after[s])
+            rows.append((own + torch.stack(both) - after[s]).exp())
         return torch.stack(rows)
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:

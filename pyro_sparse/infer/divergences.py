@@ -16,7 +16,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Independent, OneHotCategorical, kl_divergence
 
-from pyro_sparse.distributions.kl import kl_bits, kl_finite
+from pyro_sparse.distributions.kl import kl_bits, kl_categorical
 from pyro_sparse.distributions.mixed_base import MixedBase, UnknownDivergence
 from pyro_sparse.estimators.base import element
 from pyro_sparse.infer.law import is_point_mass, law
@@ -106,7 +106,7 @@ def divergence(p: Any, q: Any) -> Tensor:
         return kl_bits(p, q)
     for family in (Categorical, OneHotCategorical):
         if isinstance(p, family) and isinstance(q, family):
-            return kl_finite(p, q)
+            return kl_categorical(p, q)
     return kl_divergence(p, q)
 
 

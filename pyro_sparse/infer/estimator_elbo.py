@@ -10,15 +10,16 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import torch_item
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
+from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.bound import importance_bound
+from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.estimator_messenger import PARTICLES
 from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.refusals import refuse_guide_messenger
@@ -27,6 +28,10 @@ from pyro_sparse.infer.sequential import sequential_runs
 from pyro_sparse.infer.undisturbed import undisturbed
 
 COSTS = ("plates", "graph")
+TWICE = (
+    "EstimatorELBO: expected one derivative, got a derivative of it. Where an estimator draws, its loss stands for the "
+    "first alone. Use Exact at every site, or SparseEnumELBO."
+)
 Update = Callable[[], None]
 
 
@@ -47,6 +52,8 @@ class EstimatorELBO(ELBO, nn.Module):
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
     **Extra model evaluations:** those of the estimators. **Needs from the guide:** what the estimators need.
+    **Second derivatives** of ``differentiable_loss``: right where no estimator draws (``Exact``; ``RaoBlackwell`` or
+    ``UnorderedSet`` of all outcomes), else an error, wherever the gradient is differentiated.
 
     Args:
         estimator: one :class:`~pyro_sparse.estimators.Estimator` for all sites, or ``{"site": e, "*": e}``.
@@ -128,9 +135,9 @@ class EstimatorELBO(ELBO, nn.Module):
         self._joint = not vectorized
         self.max_plate_nesting += int(vectorized)
 
-    def __call__(self, model: Any, guide: Any) -> ELBOModule:
+    def __call__(self, model: Any, guide: Any) -> EstimatorELBOModule:
         """A module that computes the loss, to be trained by torch optimisers; see :class:`pyro.infer.ELBO`."""
-        return _Module(model, guide, self)
+        return EstimatorELBOModule(model, guide, self)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(
@@ -147,10 +154,9 @@ class EstimatorELBO(ELBO, nn.Module):
         """The loss, with the estimated gradient. Running means move if gradients are enabled and in training mode."""
         losses, updates = [], []
         for group in self._groups(model, guide, args, kwargs):
-            if self._vimco is None and all(run.is_exact for run in group) and torch.is_grad_enabled():
-                losses.append(self._mean([run.exact_elbo() for run in group]))
-                continue
             surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+            if surrogate.requires_grad and not all(run.exact for run in group):
+                surrogate = differentiable_once(surrogate, TWICE)
             losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
             updates += own_updates
         loss = sum(losses[1:], losses[0])
@@ -299,6 +305,10 @@ class EstimatorELBO(ELBO, nn.Module):
 
         for run in group:
             run.check_derivatives()
+        weighted = any(run.scores or run.log_weight is not None for run in group)
+        if weighted and all(run.exact for run in group):
+            totals = [-run.attached_elbo() for run in group]
+            return sum(totals[1:], totals[0]) / self.num_particles, []
         totals, updates = [], []
         for run in group:
             parts, losses = run.costs.paths(), []
@@ -371,28 +381,3 @@ class BaselineELBO(EstimatorELBO):
     def __init__(self, baseline: Baseline | Mapping[str, Baseline | None] | None = None, **kwargs: Any) -> None:
         entries = baseline if isinstance(baseline, Mapping) else {"*": baseline}
         super().__init__({name: ScoreFunction(b) for name, b in entries.items()}, **kwargs)
-
-
-class _Module(ELBOModule):
-    """What ``elbo(model, guide)`` is; its first run warns of parameters that it does not hold."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with poutine.trace(param_only=True) as captured:
-            loss = super().forward(*args, **kwargs)
-        if not getattr(self, "_checked", False):
-            self._checked = True
-            held = {id(parameter) for parameter in self.parameters()}
-            nodes = captured.trace.nodes.items()
-            if missing := [name for name, node in nodes if id(_parameter(node["value"])) not in held]:
-                warnings.warn(
-                    "EstimatorELBO: expected model and guide to be modules that hold their parameters, got functions "
-                    f"with {missing} in Pyro's param store. Give those to your optimiser too.",
-                    stacklevel=3,
-                )
-        return loss
-
-
-def _parameter(value: Any) -> Any:
-    """The parameter behind the value of a ``pyro.param``, which may be constrained, subsampled or a module's own."""
-    value = getattr(value, "_pyro_unconstrained_param", value)
-    return value.unconstrained() if hasattr(value, "unconstrained") else value

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.infer.util import is_validation_enabled
@@ -17,7 +18,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_sparse._autograd import reaches
-from pyro_sparse.estimators import Estimator, Exact, Site
+from pyro_sparse.estimators import Estimator, Exact, LocalExpectation, RaoBlackwell, Site, UnorderedSet
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, subsampling_scale, sum_to
 from pyro_sparse.infer.dependencies import is_used, sites_of_own_draws
 from pyro_sparse.infer.divergences import closed_form_divergences, same_order
@@ -38,6 +39,8 @@ from pyro_sparse.infer.terms import (
 _BRANCHES = re.compile(
     "Boolean value of Tensor with more than one value|cannot be converted to Scalar|only integer tensors of a single"
 )
+# Given all outcomes they are one and the same: the sum of the costs, weighted by probabilities.
+_SUMS = (Exact.forward, RaoBlackwell.forward, UnorderedSet.forward, LocalExpectation.forward)
 
 
 @dataclass
@@ -51,6 +54,12 @@ class ScoreSite:
     own_dim: int | None
     scale: float
     own_draws: bool = False  # whether it stands for draws outside of sample statements, on which any term may depend
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its outcomes are laid out, and its estimator sums over them in no way of its own."""
+        laid_out = self.own_dim is not None and (self.site.slots is None or self.site.slots.complete)
+        return laid_out and type(self.estimator).forward in _SUMS
 
     def cost(self, run: Run) -> Tensor:
         """Its cost, unscaled: one for each element of its plates, each slot of its own and of its ancestors."""
@@ -68,7 +77,7 @@ class ScoreSite:
         cost = run.attached_costs.at(self.frames, self.dims, self._reaching)
         for later in run.scores:
             if later is not self and self.own_dim in later.dims:
-                log_prob = later.site.log_prob
+                log_prob = run.costs.mask(later.site.log_prob, relaxed=False)  # log 0 less log 0 would be NaN
                 signal = run.costs.at(later.frames, self.dims | later.dims, later._reaching)
                 score = run.costs.average(signal * (log_prob - log_prob.detach()), self.dims)
                 cost = cost + sum_to(score, later.frames, self.frames)
@@ -104,22 +113,25 @@ class Run:
         """The costs with their derivatives, made when a site first asks for them."""
         return Costs(self.costs.terms, self.costs.slots, attached=True)
 
+    @property
+    def exact(self) -> bool:
+        """Whether no estimator draws, so that :meth:`attached_elbo` is right in derivatives of every order."""
+        return all(s.complete for s in self.scores) and not (self.messenger.reparameterized or self.messenger.split)
+
+    def attached_elbo(self) -> Tensor:
+        """The ELBO with the derivatives of its terms and of the probabilities that weight them."""
+        slots = {**self.costs.slots}
+        for score in self.scores:
+            if score.own_dim in slots:
+                slot = slots[score.own_dim]
+                log_prob = torch.where(slot.weights > 0, score.site.log_prob, 0.0)
+                slots[score.own_dim] = replace(slot, weights=slot.weights * (log_prob - log_prob.detach()).exp())
+        elbo = Costs(self.costs.terms, slots, attached=True).at(())
+        return elbo if self.log_weight is None else self.log_weight.exp() * elbo
+
     def weighted(self, value: Tensor) -> Tensor:
         """Times the probability of the sequentially enumerated outcomes, detached."""
         return value if self.log_weight is None else self.log_weight.detach().exp() * value
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every site with a score function is enumerated in parallel."""
-        return self.log_weight is None and all(isinstance(score.estimator, Exact) for score in self.scores)
-
-    def exact_elbo(self) -> Tensor:
-        """The ELBO of such a run, with its derivatives of every order: that of its terms, and of their weights."""
-        slots = dict(self.costs.slots)
-        for score in self.scores:
-            assert score.own_dim is not None
-            slots[score.own_dim] = replace(slots[score.own_dim], weights=score.site.log_prob.exp())
-        return Costs(self.costs.terms, slots, attached=True).at(())
 
     def check_derivatives(self) -> None:
         """

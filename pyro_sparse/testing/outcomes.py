@@ -7,7 +7,7 @@ program, from the subsampling of its plates, or from an estimator's own code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -147,21 +147,19 @@ class _Replay(TorchDispatchMode):
 
     def _row(self, law: Law) -> Iterator[int]:
         """Draws from one urn, one after the other."""
-        weights = list(law.weights)
-        drawn: set[int] = set()
+        weights = dict(enumerate(law.weights))
         for _ in range(law.draws):
-            total = math.fsum(weights)
+            total = math.fsum(weights.values())
             if total > 0:
-                value = self._choose([weight / total for weight in weights])
-            else:  # torch goes on with outcomes of probability zero, in any order
-                value = min(set(range(len(weights))) - drawn)
+                value = self._choose({i: weight / total for i, weight in weights.items()})
+            else:  # all that is possible has been drawn: torch adds any of the others
+                value = next(iter(weights))
             yield value
             if not law.replacement:
-                weights[value] = 0.0
-                drawn.add(value)
+                del weights[value]
 
-    def _choose(self, probabilities: Sequence[float]) -> int:
-        possible = [i for i, p in enumerate(probabilities) if p > 0]
+    def _choose(self, probabilities: Mapping[int, float]) -> int:
+        possible = [i for i, p in probabilities.items() if p > 0]
         depth = len(self.choices)
         choice = self._path[depth] if depth < len(self._path) else 0
         self.choices.append((choice, len(possible)))

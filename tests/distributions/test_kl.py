@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_sparse.distributions import SparseCategorical, SparseOneHotCategorical
+from pyro_sparse.distributions.kl import kl_categorical
 from pyro_sparse.projections import entmax15, sparsemax
 
 K = 6
@@ -129,3 +130,43 @@ def test_different_numbers_of_outcomes() -> None:
 def test_indices_and_one_hot_vectors_do_not_compare() -> None:
     with pytest.raises(NotImplementedError):
         kl_divergence(SparseCategorical(leaf(K)), SparseOneHotCategorical(leaf(K)))
+
+
+# Stock distributions, which torch's own would leave with NaN gradients: what ELBOs take in its place.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["logits", "probs"])
+@pytest.mark.parametrize("make", [dist.Categorical, dist.OneHotCategorical], ids=["categorical", "one-hot"])
+def test_zeros_of_stock_distributions(make: Any, form: str, dtype: torch.dtype) -> None:
+    """Value and gradient are those of the outcomes that are possible."""
+    p = torch.tensor([[0.2, 0.5, 0.3, 0.0], [0.0, 1.0, 0.0, 0.0], [0.4, 0.0, 0.6, 0.0]], dtype=dtype)
+    q = torch.tensor([0.1, 0.6, 0.3, 0.0], dtype=dtype)
+    found = []
+    for keep in (slice(None), slice(0, 3)):
+        given = [(x[..., keep] if form == "probs" else x[..., keep].log()).requires_grad_() for x in (p, q)]
+        kl = kl_categorical(make(**{form: given[0]}), make(**{form: given[1]}))
+        found.append([kl.detach(), *torch.autograd.grad(kl.sum(), given)])
+    for four, three in zip(*found, strict=True):
+        assert four.isfinite().all() and four.dtype == dtype
+        torch.testing.assert_close(four[..., :3], three)
+    exact = torch.special.xlogy(p[:, :3], p[:, :3] / q[:3]).sum(-1)
+    torch.testing.assert_close(found[0][0], exact)
+
+
+def test_torchs_own_has_nan_gradients_there() -> None:
+    logits = torch.tensor([0.3, 0.1, -INF], requires_grad=True)
+    for kl, ours in ((kl_divergence, False), (kl_categorical, True)):
+        (g,) = torch.autograd.grad(kl(dist.Categorical(logits=logits), dist.Categorical(torch.ones(3))), logits)
+        assert g.isfinite().all() == ours
+
+
+def test_stock_distributions_far_apart() -> None:
+    """Infinite where the second lacks an outcome, and there alone; not where its probability only underflows."""
+    p = dist.Categorical(logits=torch.tensor([[0.0, 0.0], [-INF, 0.0]]).requires_grad_())
+    assert kl_categorical(p, dist.Categorical(logits=torch.tensor([-INF, 0.0]))).tolist() == [INF, 0.0]
+    far = kl_categorical(p, dist.Categorical(logits=torch.tensor([-1000.0, 0.0])))
+    torch.testing.assert_close(far, torch.tensor([500.0 - math.log(2), 0.0]))
+    s = torch.randn(50, K).requires_grad_()
+    got, theirs = (f(stock(False, s), stock(False, s.roll(1, 0))) for f in (kl_categorical, kl_divergence))
+    torch.testing.assert_close(got, theirs)

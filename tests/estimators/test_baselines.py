@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from pyro_sparse.estimators import (
     TrainableConstant,
 )
 from pyro_sparse.infer import BaselineELBO
+from pyro_sparse.infer.assignment import PyroBaseline
 
 
 def make_site(*plates: Plate, args: Any = (), **kwargs: Any) -> Site:
@@ -431,3 +433,88 @@ def test_the_sample_baseline_is_another_draw() -> None:
     for _ in range(10):
         elbo.loss_and_grads(dependent_model, dependent_guide)
     assert differ > 10
+
+
+# Steps with costs that are not numbers, which the user skips.
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    "make",
+    [
+        MovingAverage,
+        lambda: Scaled(Given()),
+        lambda: Scaled(MovingAverage()),
+        lambda: Sum(MovingAverage(), Scaled(Given())),
+        lambda: PyroBaseline("z", {"use_decaying_avg_baseline": True}),
+    ],
+    ids=["moving average", "scaled", "scaled moving average", "sum", "Pyro's own"],
+)
+def test_a_step_without_finite_costs_moves_nothing(make: Callable[[], Baseline], bad: float) -> None:
+    baseline, site = make(), in_plate(3)
+    given = [module for module in baseline.modules() if isinstance(module, Given)]
+
+    def step(cost: Tensor) -> None:
+        for module in given:
+            module.set(torch.randn(3))
+        act(baseline, cost, site)
+
+    for t in range(3):
+        step(torch.randn(3) + t)
+    before = {name: value.clone() for name, value in baseline.state_dict().items()}
+    step(torch.full((3,), bad))
+    for name, value in baseline.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    step(torch.randn(3))
+    assert all(value.isfinite().all() for value in baseline.state_dict().values())
+    assert any(not torch.equal(value, before[name]) for name, value in baseline.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_finite_costs_of_a_step_count(bad: float) -> None:
+    """As if the others were not there; a row of a table without a finite cost stays."""
+    for make in (MovingAverage, lambda: Scaled(MovingAverage())):
+        whole, part = make(), make()
+        for t in range(4):
+            cost = torch.randn(5) + t
+            act(part, cost[:3], in_plate(3))
+            act(whole, torch.cat([cost[:3], torch.full((2,), bad)]), in_plate(5))
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(value, part.state_dict()[name])
+    table = MovingAverage(0.5, num_data=4)
+    act(table, torch.tensor([1.0, 2.0, 3.0]), in_plate(3, 4, [0, 2, 3]))
+    act(table, torch.tensor([[bad, 5.0], [4.0, bad]]), in_plate(2, 4, [2, 1]))
+    act(table, torch.tensor([bad, 9.0]), in_plate(2, 4, [0, 1]))
+    torch.testing.assert_close(table.mean, torch.tensor([1.0, (0.5 * 5.0 + 9.0) / 1.5, (0.5 * 2.0 + 4.0) / 1.5, 3.0]))
+    assert table.weight.tolist() == [1.0, 1.5, 1.5, 1.0]
+
+
+def test_a_mean_of_all_costs_would_stay_nan() -> None:
+    mean = torch.zeros(())
+    for cost in (1.0, float("nan"), 2.0):
+        mean.lerp_(torch.tensor(cost), 0.5)
+    assert mean.isnan()
+
+
+@pytest.mark.parametrize("make", [MovingAverage, lambda: Scaled(SelfCritic()), lambda: MovingAverage(0.9, 2)])
+def test_after_a_skipped_batch_an_elbo_goes_on(make: Callable[[], Baseline]) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("theta", torch.zeros(()))))
+
+    elbo, good, bad = BaselineELBO(make()), torch.tensor([0.0, 1.0]), torch.tensor([0.0, float("nan")])
+    finite = []
+    with pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x in (good, good, bad, good):
+            loss = elbo.differentiable_loss(model, guide, x)
+            theta = pyro.get_param_store()._params["theta"]
+            finite.append(bool(loss.isfinite() and torch.autograd.grad(loss, theta)[0].isfinite()))
+    assert finite == [True, True, False, True]

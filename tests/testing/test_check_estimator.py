@@ -54,6 +54,13 @@ def law(function: Callable[[], Tensor]) -> dict[Any, float]:
     return found
 
 
+def test_an_urn_with_fewer_outcomes_than_draws() -> None:
+    """torch adds some that have no probability; which, nothing says."""
+    p = torch.tensor([0.25, 0.0, 0.75, 0.0])
+    assert law(lambda: torch.multinomial(p, 3)[:2]) == {(0, 2): 0.25, (2, 0): 0.75}
+    assert all(value.unique().numel() == 3 for _, value in outcomes(lambda: torch.multinomial(p, 3)))
+
+
 @pytest.mark.parametrize(
     "draw",
     [
