@@ -21,6 +21,7 @@ from pyro.util import check_traceenum_requirements
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
 from pyro_sparse.infer.messenger import SparseEnumMessenger
+from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
 from pyro_sparse.infer.undisturbed import undisturbed
 from pyro_sparse.infer.work import slot_ratios
@@ -87,8 +88,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
     ) -> Iterator[Any]:
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(f"SparseEnumELBO: expected an eager run, got one under torch.jit.trace. {_NO_JIT}")
-        if isinstance(poutine.unwrap(guide), Messenger):
-            raise NotImplementedError("SparseEnumELBO: expected a guide function or module, got a GuideMessenger.")
+        refuse_guide_messenger("SparseEnumELBO", guide)
         if self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         if self.vectorize_particles:
