@@ -101,7 +101,8 @@ class GradientReport:
             f"{'estimator':<{width}}{'bias ± s.e.':>19}{'detectable':>12}{'variance ± s.e.':>18}{'evaluations':>13}"
             f"{'ms':>9}{'variance x ms':>15}",
             *(self._row(name, width) for name in self.estimators),
-            f"bias: the mean error along one direction{unit}; a bias below 'detectable' can go unnoticed.",
+            f"bias: the mean error along one direction{unit}; a bias below 'detectable' can go unnoticed. "
+            "unbiased: by construction, and none was detected.",
         ]
         if any(_undetected(r) for r in self.estimators.values()):
             lines.append(
@@ -139,7 +140,8 @@ class GradientReport:
         kind = " (a biased estimator)" if r.by_construction is False else ""
         if r.detectable is None:
             return kind and "  a biased estimator"
-        limit = f"{100 * r.detectable / self.gradient_norm:.2g} %" if self.gradient_norm else f"{r.detectable:.2g}"
+        size = 100 * r.detectable / self.gradient_norm if self.gradient_norm else r.detectable
+        limit = (f"{size:.2g}" if size < 100 else f"{size:.0f}") + (" %" if self.gradient_norm else "")
         return f"  no bias detected within {limit}{kind}"
 
     def plot(self) -> Figure:

@@ -133,7 +133,8 @@ def test_straight_through_families_have_a_score_function() -> None:
 
 @pytest.mark.slow
 def test_mixed_families_drawn_pathwise_have_a_score_function() -> None:
-    """Against the same draws without has_rsample_; 600 of each, z = 4.5 for the difference: one seed in 100000."""
+    """Against the same draws without has_rsample_; 300 of each, z = 4.5 for the difference: one seed in 100000.
+    That the pathwise draws themselves are off, the tests of gradient_report show."""
 
     def model() -> None:
         with pyro.plate("data", 2):
@@ -144,12 +145,10 @@ def test_mixed_families_drawn_pathwise_have_a_score_function() -> None:
         with pyro.plate("data", 2):
             pyro.sample("z", sdist.HardConcrete(0.5, pyro.param("w", torch.tensor(-2.0))).has_rsample_(pathwise))
 
-    score = draws(Trace_ELBO(num_particles=4), model, lambda: guide(False), 600)
-    ours = draws(ScoreFunctionELBO(4), model, lambda: guide(True), 600)
-    stock = draws(Trace_ELBO(num_particles=4), model, lambda: guide(True), 600)
+    score = draws(Trace_ELBO(num_particles=2), model, lambda: guide(False), 300)
+    ours = draws(ScoreFunctionELBO(2), model, lambda: guide(True), 300)
 
     def apart(a: Tensor, b: Tensor) -> float:
-        return float((a.mean() - b.mean()).abs() / ((a.var() + b.var()) / 600) ** 0.5)
+        return float((a.mean() - b.mean()).abs() / ((a.var() + b.var()) / 300) ** 0.5)
 
     assert apart(score, ours) < 4.5
-    assert apart(score, stock) > 10
