@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyro import poutine
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from pyro_sparse.diagnostics.gradient_reference import Reference, choose_reference
+from pyro_sparse.diagnostics.gradient_reference import Reference, by_construction, choose_reference
 from pyro_sparse.diagnostics.gradient_samples import Program, Sampler, Untouched
+from pyro_sparse.infer.refusals import refuse_guide_messenger
 
 if TYPE_CHECKING:
     from pyro_sparse.diagnostics.plots import Figure
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EstimatorReport:
     """
-    One estimator's gradient of the guide's parameters.
+    One estimator's gradient of the parameters.
 
     Attributes:
         bias: the mean error along the direction in which the first half of the draws erred, measured on the second
@@ -31,13 +31,16 @@ class EstimatorReport:
             was compared.
         bias_error: its standard error.
         detectable: the norm of bias that as many draws would have shown; a smaller one may go unnoticed.
-        unbiased: whether ``bias`` is below three standard errors (with few draws a little more, by Student's t: by
-            chance alone, one unbiased estimator in 740 is not). None where nothing was compared.
-        variance: the trace of the covariance matrix of one estimate.
+        unbiased: False if ``bias`` is above three standard errors (with few draws a little more, by Student's t: by
+            chance alone, one unbiased estimator in 740 is). True if it is not and the estimator is unbiased by
+            construction. None if no bias was detected in one that is not, or nothing was compared: it may have one.
+        variance: the trace of the covariance matrix of one estimate; NaN, as all numbers, where it failed.
         variance_error: its standard error.
         evaluations: rows at the model's observed sites, relative to an ordinary run.
-        milliseconds: the median time of one estimate.
+        milliseconds: the median time of one estimate: of the processor, all threads together, or of a GPU.
         objective: what it is the gradient of: ``"elbo"``, or the estimator's own bound.
+        by_construction: whether its kind is unbiased, as far as is known (None: it is not); a promise, not a finding.
+        error: why it could not be measured; empty if it was.
     """
 
     bias: float | None
@@ -49,6 +52,8 @@ class EstimatorReport:
     evaluations: float
     milliseconds: float
     objective: str = "elbo"
+    by_construction: bool | None = None
+    error: str = ""
 
     @property
     def cost(self) -> float:
@@ -65,12 +70,13 @@ class GradientReport:
         estimators: an :class:`EstimatorReport` for each name.
         reference: what the bias is measured against.
         gradient_norm: the norm of the reference; None where it is not above its noise.
-        num_parameters: how many numbers the guide's parameters hold.
+        num_parameters: how many numbers the parameters hold.
         num_samples: draws of each estimator.
         warmup: steps before them, in which running means settle.
-        recommended: the name of the unbiased estimator with the least variance times milliseconds; None if there is
-            none.
+        recommended: the name of the estimator with the least variance times milliseconds among those that are unbiased
+            by construction and show no bias; None if there is none.
         reason: why.
+        chosen: whether the parameters were chosen by ``parameters=``.
     """
 
     estimators: Mapping[str, EstimatorReport]
@@ -81,25 +87,39 @@ class GradientReport:
     warmup: int
     recommended: str | None
     reason: str
+    chosen: bool = False
 
     def __str__(self) -> str:
         norm = "not above its noise" if self.gradient_norm is None else f"{self.gradient_norm:.3g}"
         unit = "" if self.gradient_norm is None else ", in % of the norm"
         width = max(len("estimator"), *map(len, self.estimators)) + 2
+        whose = f"{self.num_parameters} chosen" if self.chosen else f"the guide's {self.num_parameters}"
         lines = [
-            f"Gradient by the guide's {self.num_parameters} parameters: {self.num_samples} draws of each estimator, "
+            f"Gradient by {whose} parameters: {self.num_samples} draws of each estimator, "
             f"after {self.warmup} steps to settle",
             f"Reference: {self.reference}; its norm: {norm}",
             f"{'estimator':<{width}}{'bias ± s.e.':>19}{'detectable':>12}{'variance ± s.e.':>18}{'evaluations':>13}"
             f"{'ms':>9}{'variance x ms':>15}",
             *(self._row(name, width) for name in self.estimators),
-            f"bias: the mean error along one direction{unit}; a bias below 'detectable' can go unnoticed.",
-            f"Recommended: {self.recommended}. {self.reason}" if self.recommended else self.reason,
+            f"bias: the mean error along one direction{unit}; a bias below 'detectable' can go unnoticed. "
+            "unbiased: by construction, and none was detected.",
         ]
+        if any(_undetected(r) for r in self.estimators.values()):
+            lines.append(
+                "no bias detected: that is not unbiased. A bias up to the number given would not have shown; it stays "
+                "however long one trains, where noise averages out. More draws (num_samples) show a smaller one."
+            )
+        if any(r.unbiased is False and r.by_construction for r in self.estimators.values()):
+            lines.append(
+                "biased, against its construction: a fault of the estimator, or the program is not what it asks for."
+            )
+        lines.append(f"Recommended: {self.recommended}. {self.reason}" if self.recommended else self.reason)
         return "\n".join(lines)
 
     def _row(self, name: str, width: int) -> str:
         r = self.estimators[name]
+        if r.error:
+            return f"{name:<{width}}  failed: {r.error}"
         scale = 100 / self.gradient_norm if self.gradient_norm else 1.0
         bias = detectable = ""
         if r.bias is not None and r.bias_error is not None and r.detectable is not None:
@@ -107,12 +127,22 @@ class GradientReport:
         elif r.objective != "elbo":
             bias = f"its own {r.objective}"
         else:
-            bias = "the reference" if r.unbiased else "not known"
+            bias = "the reference" if self.reference == f"the mean of '{name}'" else "not known"
         error = f"{r.variance:.2e} ± {r.variance_error / r.variance if r.variance else 0.0:3.0%}"
         return (
             f"{name:<{width}}{bias:>19}{detectable:>12}{error:>18}{r.evaluations:>13.3g}{r.milliseconds:>9.3g}"
-            f"{r.cost:>15.2e}{'  biased' if r.unbiased is False else '  <-' if name == self.recommended else ''}"
+            f"{r.cost:>15.2e}{self._verdict(r)}{'  <-' if name == self.recommended else ''}"
         )
+
+    def _verdict(self, r: EstimatorReport) -> str:
+        if r.unbiased is not None:
+            return "  unbiased" if r.unbiased else f"  biased{', against its construction' * bool(r.by_construction)}"
+        kind = " (a biased estimator)" if r.by_construction is False else ""
+        if r.detectable is None:
+            return kind and "  a biased estimator"
+        size = 100 * r.detectable / self.gradient_norm if self.gradient_norm else r.detectable
+        limit = (f"{size:.2g}" if size < 100 else f"{size:.0f}") + (" %" if self.gradient_norm else "")
+        return f"  no bias detected within {limit}{kind}"
 
     def plot(self) -> Figure:
         """A matplotlib figure: variance against time, and the biases. Needs ``pyro_sparse[plots]``."""
@@ -130,19 +160,28 @@ def gradient_report(
     estimators: Mapping[str, ELBO],
     num_samples: int = 1000,
     reference: ELBO | str | None = None,
+    parameters: Iterable[Tensor | str] | None = None,
 ) -> GradientReport:
     r"""
     Measures gradient estimators on your own model and guide, at the present values of their parameters.
 
-    For an estimate g of the gradient of the loss by all parameters of the guide: the bias :math:`E[g] - \nabla`, the
+    For an estimate g of the gradient of the loss by the parameters of the guide: the bias :math:`E[g] - \nabla`, the
     variance :math:`\mathrm{tr}\,\mathrm{Cov}[g]`, model evaluations and milliseconds. An equally precise gradient costs
-    variance times milliseconds; recommended is the estimator where that is least, among those that show no bias.
+    variance times milliseconds; recommended is the estimator where that is least, among those that are unbiased by
+    construction and show no bias. A bias that was not detected, in an estimator that is biased, is called that.
 
-    **Reference.** If every guide site has a finite support and nothing else is random, the gradient by enumeration,
-    which has no noise. If other noise is left (a reparameterised site, a plate that subsamples, dropout), the mean of
-    enumerated gradients, drawn for a tenth of the time of all estimators. If the sites cannot be enumerated, the mean
-    of the estimator with the least variance among those that are unbiased by construction. The report says which.
+    **Reference.** If every guide site has a finite support and nothing else is random, the gradient by enumeration, by
+    Pyro's :class:`~pyro.infer.TraceEnum_ELBO`, which has no noise. If other noise is left (a reparameterised site, a
+    plate that subsamples, dropout), the mean of enumerated gradients, drawn for a tenth of the time of all estimators.
+    If the sites cannot be enumerated, the mean of plain gradients, score functions with the mean of other runs as a
+    baseline (:class:`~pyro_sparse.infer.score_function.ScoreFunctionELBO`), in twice as many runs as draws were asked
+    for. The report says which. Every estimator is checked against it, whatever its class promises: a class decides a
+    word only, whether what shows no bias is called unbiased (an ELBO of your own says so by an attribute ``unbiased``).
     Noise of that kind is part of every estimator's variance, that of a subsampled plate too.
+
+    **Parameters.** Counted are those of the guide on which the ELBO depends, as its log-densities show in a few
+    ordinary runs; the parameters of a learned baseline, whose gradient is that of the baseline's own loss, are not. A
+    parameter in a branch that is seldom taken may be missed: name it in ``parameters``.
 
     **Test of bias.** The first half of the draws gives a direction, the second half the mean error along it, with a
     standard error; see :func:`~pyro_sparse.diagnostics.gradient_moments.bias_along`. ``detectable`` says what the test
@@ -162,10 +201,13 @@ def gradient_report(
         num_samples: gradients of each, at least 4.
         reference: another ELBO to measure the bias against, of which ``num_samples`` gradients are drawn; or one of the
             names in ``estimators``.
+        parameters: what to differentiate by, of guide or model: tensors, or names in the param store or in a guide or
+            model that is a module, ``"encoder"`` standing for all that begin so.
 
     Raises:
-        ValueError: if there is no estimator, fewer than 4 samples, a guide without parameters, or an estimator that
-            raises, leaves no gradient, or an infinite one: it is named.
+        ValueError: if there is no estimator, fewer than 4 samples, a guide without parameters, or no estimator that can
+            be measured. One that raises, leaves no gradient, or an infinite one, is marked in its row.
+        NotImplementedError: for a ``GuideMessenger``.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -180,7 +222,7 @@ def gradient_report(
         ('exact enumeration', ['score'])
     """
     _check(estimators, num_samples, reference, guide)
-    program = Program(model, guide, args, dict(kwargs or {}))
+    program = Program(model, guide, args, dict(kwargs or {}), None if parameters is None else list(parameters))
     warmup = max(5, num_samples // 25)
     with Untouched() as untouched:
         program.look()
@@ -188,15 +230,19 @@ def gradient_report(
         samplers = {name: Sampler(name, elbo, program) for name, elbo in estimators.items()}
         for sampler in samplers.values():
             sampler.warm_up(warmup)
+        _raise_if_all_failed(samplers)
         chosen = choose_reference(program, samplers, reference, num_samples, warmup)
-        drawn = {**samplers, **chosen.extra}
-        counts = {name: num_samples if name in samplers else chosen.count for name in drawn}
-        with tqdm(total=sum(counts.values()), desc="gradient_report", disable=None, leave=False) as progress:
-            for _ in _in_turn(drawn, {name: count // 2 for name, count in counts.items()}):
+        counts = [(sampler, num_samples) for sampler in samplers.values()]
+        if chosen.own is not None:
+            counts.append((chosen.own, chosen.count))
+        with tqdm(total=sum(n for _, n in counts), desc="gradient_report", disable=None, leave=False) as progress:
+            for _ in _in_turn([(sampler, count // 2) for sampler, count in counts]):
                 progress.update()
             chosen.begin_second_half(samplers)
-            for _ in _in_turn(drawn, {name: count - count // 2 for name, count in counts.items()}):
+            for _ in _in_turn([(sampler, count - count // 2) for sampler, count in counts]):
                 progress.update()
+        _raise_if_all_failed(samplers)
+        chosen.drop_if_failed()
     rows = {name: _row(sampler, chosen, program.eps) for name, sampler in samplers.items()}
     recommended, reason = _recommend(rows, samplers, program.eps)
     return GradientReport(
@@ -208,6 +254,7 @@ def gradient_report(
         warmup=warmup,
         recommended=recommended,
         reason=reason,
+        chosen=parameters is not None,
     )
 
 
@@ -230,8 +277,7 @@ def _check(estimators: Mapping[str, ELBO], num_samples: int, reference: ELBO | s
             f"gradient_report: expected reference among {list(estimators)}, got {reference!r}. Correct the name, or "
             "pass an ELBO."
         )
-    if isinstance(poutine.unwrap(guide), Messenger):
-        raise NotImplementedError("gradient_report: expected a guide function or module, got a GuideMessenger.")
+    refuse_guide_messenger("gradient_report", guide)
 
 
 def _with_error(value: float, error: float) -> str:
@@ -242,18 +288,38 @@ def _with_error(value: float, error: float) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def _in_turn(samplers: Mapping[str, Sampler], counts: Mapping[str, int], turns: int = 5) -> Iterator[None]:
+def _in_turn(counts: Sequence[tuple[Sampler, int]], turns: int = 5) -> Iterator[None]:
     """Draws from each in turn, so that whatever else the machine does hits all of them."""
     for turn in range(turns):
-        for name, sampler in samplers.items():
-            yield from sampler.draw(counts[name] * (turn + 1) // turns - counts[name] * turn // turns)
+        for sampler, count in counts:
+            yield from sampler.draw(count * (turn + 1) // turns - count * turn // turns)
+
+
+def _raise_if_all_failed(samplers: Mapping[str, Sampler]) -> None:
+    failures = {name: sampler.failure for name, sampler in samplers.items() if sampler.failure}
+    if len(failures) < len(samplers):
+        return
+    first = next(iter(failures.values()))
+    if len(failures) == 1:
+        raise first
+    reasons = "; ".join(f"'{name}': {failure.reason}" for name, failure in failures.items())
+    raise ValueError(
+        f"gradient_report: expected an estimator that can be measured on this model and guide, got none: {reasons}. "
+        "Begin with the first, whose error is the cause of this one."
+    ) from first
 
 
 def _row(sampler: Sampler, reference: Reference, eps: float) -> EstimatorReport:
+    promised = by_construction(sampler)
+    if sampler.failure:
+        nan, error = float("nan"), sampler.failure.reason
+        return EstimatorReport(None, None, None, None, nan, nan, nan, nan, sampler.objective, promised, error)
     bias = reference.bias(sampler, eps)
-    unbiased = True if sampler is reference.sampler else None
-    if bias is not None:
-        unbiased = not bias.shows
+    unbiased: bool | None = promised or None
+    if bias is None:
+        unbiased = unbiased if sampler is reference.sampler else None
+    elif bias.shows:
+        unbiased = False
     return EstimatorReport(
         bias=None if bias is None else bias.estimate,
         bias_error=None if bias is None else bias.error,
@@ -264,16 +330,35 @@ def _row(sampler: Sampler, reference: Reference, eps: float) -> EstimatorReport:
         evaluations=sampler.evaluations,
         milliseconds=statistics.median(sampler.milliseconds),
         objective=sampler.objective,
+        by_construction=promised,
     )
+
+
+def _undetected(row: EstimatorReport) -> bool:
+    return row.unbiased is None and row.bias is not None
 
 
 def _recommend(
     rows: Mapping[str, EstimatorReport], samplers: Mapping[str, Sampler], eps: float
 ) -> tuple[str | None, str]:
-    fit = {name: row for name, row in rows.items() if row.objective == "elbo" and row.unbiased is not False}
-    if not fit:
-        return None, "No estimator is recommended: none is an unbiased estimator of the ELBO's gradient."
-    known = "the unbiased" if all(row.unbiased for row in fit.values()) else "those not known to be biased"
+    measured = {name: row for name, row in rows.items() if row.objective == "elbo" and not row.error}
+    fit = {name: row for name, row in measured.items() if row.by_construction and row.unbiased is not False}
+    if fit:
+        checked = all(row.unbiased for row in fit.values())
+        return _best(
+            fit, samplers, eps, "the unbiased" if checked else "those unbiased by construction, which was not checked"
+        )
+    none = "No estimator is recommended: none is known for an unbiased estimator of the ELBO's gradient."
+    if silent := {name: row for name, row in measured.items() if _undetected(row)}:
+        cheapest = min(silent, key=lambda name: silent[name].cost)
+        none += f" In '{cheapest}', the cheapest of the others, a bias was not detected, and may be there."
+    return None, none
+
+
+def _best(
+    fit: Mapping[str, EstimatorReport], samplers: Mapping[str, Sampler], eps: float, known: str
+) -> tuple[str, str]:
+    """The cheapest, and why."""
 
     def noise_free(name: str) -> bool:
         return fit[name].variance <= (100 * eps) ** 2 * float(samplers[name].moments.mean().square().sum())

@@ -35,7 +35,7 @@ def _colour(report: GradientReport, name: str) -> str:
 
 
 def _plot_costs(panel: Axes, report: GradientReport) -> None:
-    rows = report.estimators
+    rows = {name: row for name, row in report.estimators.items() if not row.error}
     largest = max(row.variance for row in rows.values())
     noisy = [row.variance for row in rows.values() if row.variance > NOISE_FREE * largest]
     floor = min(noisy, default=1.0) / 10

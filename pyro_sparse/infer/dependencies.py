@@ -1,16 +1,15 @@
-"""What the terms of the ELBO depend on: which sites, and whether draws that no sample statement made."""
+"""Which sites the terms of the ELBO depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sparse.infer.law import is_point_mass
-from pyro_sparse.infer.provenance import OWN, LabelDraws, Labels, Provenance
+from pyro_sparse.infer.provenance import LabelDraws, Labels, Provenance
 from pyro_sparse.infer.undisturbed import undisturbed
 
 Subsamples = Mapping[str, Tensor]
@@ -26,30 +25,10 @@ def with_ancestors(labels: Labels, parents: Mapping[str, Labels]) -> Labels:
     return frozenset(found)
 
 
-def sites_of_own_draws(
-    program: Any, guide_trace: Any, subsamples: Subsamples, names: Collection[str]
-) -> Collection[str]:
-    """
-    Which of these guide sites are log-densities of what the guide drew outside of its sample statements, as in
-    ``z = q.sample(); pyro.factor("q_z", q.log_prob(z), has_rsample=False)``. The others are costs like any term of the
-    model: a classification loss, say. Their values decide, at each step anew: whether they depend on such a draw.
-    """
-    if not names:
-        return ()
-    provenance = Provenance(own_draws=True)
-    # What point masses are at is drawn again, to be seen.
-    replayed = _latent_values(guide_trace, subsamples, lambda node: not is_point_mass(node["fn"]))
-    with undisturbed(), poutine.block(), provenance.watching(), LabelDraws(provenance, own_draws=True):
-        guide = poutine.replay(program.guide, trace=replayed)
-        trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
-        trace.compute_log_prob(lambda name, node: name in names)
-        return {name for name in names if OWN in provenance.of(trace.nodes[name].get("log_prob"))}
-
-
 def is_used(program: Any, guide_trace: Any, subsamples: Subsamples, site: str) -> bool:
     """Whether any term but its own depends on a site's value, be it without a derivative."""
     provenance = Provenance()
-    replayed = _latent_values(guide_trace, subsamples, lambda node: True)
+    replayed = latent_values(guide_trace, subsamples, lambda node: True)
     # Without validation, since values may lie between the outcomes.
     with pyro.validation_enabled(False), undisturbed(), poutine.block(), provenance.watching():
         with LabelDraws(provenance):
@@ -67,7 +46,7 @@ def is_used(program: Any, guide_trace: Any, subsamples: Subsamples, site: str) -
         )
 
 
-def _latent_values(guide_trace: Any, subsamples: Subsamples, keep: Any) -> poutine.Trace:
+def latent_values(guide_trace: Any, subsamples: Subsamples, keep: Callable[[Any], bool]) -> poutine.Trace:
     """What a side run is to take from a run: values of latent sites, and the plates' indices."""
     replayed = poutine.Trace()
     for name in guide_trace.stochastic_nodes:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
@@ -19,9 +18,11 @@ from pyro.util import check_traceenum_requirements
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_sparse.infer.factors import as_costs
 from pyro_sparse.infer.law import full_score_parts, law
 from pyro_sparse.infer.messenger import enumerate_values
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.refusals import refuse_guide_messenger
+from pyro_sparse.infer.undisturbed import random_state, undisturbed
 
 STRATEGIES = ("parallel", "sequential")
 MAX_OUTCOMES = 4096
@@ -64,7 +65,9 @@ def exact_gradient(
     Raises:
         NoiseLeftError: (a ValueError) if random numbers matter that are not enumerated.
         ValueError: those of :class:`EnumeratedELBO`.
+        NotImplementedError: for a ``GuideMessenger``.
     """
+    refuse_guide_messenger("exact_gradient", guide)
     elbo = EnumeratedELBO(strategy, max_outcomes=max_outcomes)
     parameters = list(parameters)
 
@@ -111,6 +114,7 @@ class EnumeratedELBO(TraceEnum_ELBO):
     Raises:
         ValueError: for more than ``max_outcomes`` combinations, or a site outside of a plate that may depend on the
             enumerated sites in it.
+        NotImplementedError: for a ``GuideMessenger``.
     """
 
     def __init__(self, strategy: str = "parallel", *, max_outcomes: int = MAX_OUTCOMES, **kwargs: Any) -> None:
@@ -131,10 +135,11 @@ class EnumeratedELBO(TraceEnum_ELBO):
             self.max_plate_nesting = _nesting(traces)
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+        refuse_guide_messenger("EnumeratedELBO", guide)
         self.find_plates(model, guide, args, kwargs)
         messenger = _EnumerateAll(self.strategy, self.max_outcomes)
         self.enumerated, self.sampled = messenger.enumerated, messenger.sampled
-        yield from super()._get_traces(model, messenger(guide), args, kwargs)
+        yield from super()._get_traces(model, messenger(as_costs(guide, args, kwargs)), args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         with warnings.catch_warnings():
@@ -304,11 +309,3 @@ def _agree(together: Tensor, each: list[Tensor], nesting: int) -> bool:
         torch.allclose(row, x.expand(row.shape), rtol=tolerance, atol=tolerance, equal_nan=True)
         for row, x in zip(rows, each, strict=True)
     )
-
-
-def random_state() -> tuple[Any, ...]:
-    """The state of every generator that a program may draw from, to compare."""
-    state = pyro.util.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    _, keys, *position = state["numpy"]
-    return *(x.numpy().tobytes() for x in [state["torch"], *cuda]), state["random"], keys.tobytes(), position

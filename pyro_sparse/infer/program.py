@@ -20,9 +20,10 @@ from torch import Tensor
 from pyro_sparse._autograd import reaches
 from pyro_sparse.estimators import Estimator, Exact, LocalExpectation, RaoBlackwell, Site, UnorderedSet
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, subsampling_scale, sum_to
-from pyro_sparse.infer.dependencies import is_used, sites_of_own_draws
+from pyro_sparse.infer.dependencies import is_used
 from pyro_sparse.infer.divergences import closed_form_divergences, same_order
 from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, PlatesUnknownError, data_plates
+from pyro_sparse.infer.factors import sites_of_own_draws
 from pyro_sparse.infer.law import law
 from pyro_sparse.infer.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, refuse_indices, smooth_sites
@@ -248,7 +249,8 @@ class Program:
         kls: Mapping[str, Tensor],
         provenance: Provenance | None,
     ) -> Run:
-        own = sites_of_own_draws(self, guide_trace, subsamples, attached_without_draw(guide_trace))
+        names = attached_without_draw(guide_trace)
+        own = sites_of_own_draws(self.guide, self.args, self.kwargs, guide_trace, subsamples, names)
         slots, scores, log_weight = self._score_sites(guide_trace, messenger, subsamples, kls, own)
         terms = make_terms(model_trace, guide_trace, kls, slots, own)
         if provenance is not None:

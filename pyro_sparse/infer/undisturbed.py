@@ -1,9 +1,10 @@
-"""Runs on the side that leave the random number generators as they were."""
+"""Runs on the side that leave the random number generators as they were, and what tells whether one draws."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -19,3 +20,11 @@ def undisturbed() -> Iterator[None]:
             yield
     finally:
         pyro.util.set_rng_state(state)
+
+
+def random_state() -> tuple[Any, ...]:
+    """The state of every generator that a program may draw from, to compare."""
+    state = pyro.util.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    _, keys, *position = state["numpy"]
+    return *(x.numpy().tobytes() for x in [state["torch"], *cuda]), state["random"], keys.tobytes(), position
