@@ -56,8 +56,9 @@ def check_estimator(
             ``max_plate_nesting``: a class, or a ``functools.partial`` of it.
         models: what to check it on. The default is
             :func:`~pyro_sparse.testing.estimator_models.estimator_models`: some 60 small models, seconds of work,
-            tens of them where the estimator draws twice at each site. The estimator may refuse a kind of them, by errors that name a
-            site. For a model of your own, pass an :class:`~pyro_sparse.testing.estimator_models.EstimatorModel`.
+            tens of them where the estimator draws twice at each site. The estimator may refuse a kind of them, by
+            errors that name a site. For a model of your own, pass an
+            :class:`~pyro_sparse.testing.estimator_models.EstimatorModel`.
         tol: the largest difference, absolute up to one and relative above.
 
     Raises:
