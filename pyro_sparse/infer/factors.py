@@ -56,7 +56,7 @@ def as_costs(guide: Guide, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     def own() -> Collection[str]:  # asked only if there is such a site: it runs the guide
         with undisturbed(), poutine.block():
             trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        subsamples = {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
+        subsamples: Any = {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
         for name in subsamples:
             trace.remove_node(name)
         return sites_of_own_draws(guide, args, kwargs, trace, subsamples, trace.observation_nodes)
