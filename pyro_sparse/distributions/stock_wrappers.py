@@ -4,7 +4,8 @@ Pyro's wrappers around our families, built by their constructors: the same as by
 ``MaskedDistribution(d, mask)`` draws by ``d.sample()``, without the gradient that ``d.score_parts`` leaves to the draw,
 and ``TransformedDistribution`` multiplies the probability of an atom by a Jacobian. Neither asks the distribution that
 it wraps. So we are in Pyro's list of what may answer a call of a constructor in its place
-(``pyro.distributions.distribution.COERCIONS``); to all that wraps no family of ours we answer nothing.
+(``pyro.distributions.distribution.COERCIONS``); to all that wraps no family of ours we answer nothing. The classes of
+``torch.distributions`` ask nobody: they stay what they are, and ``pyro.sample`` takes none of them.
 """
 
 from __future__ import annotations
