@@ -49,6 +49,9 @@ class MixedDistribution(MixedBase):
 
     ``TraceMeanField_ELBO`` refuses the default form while Pyro's validation is on, and loses its score part with
     validation off. Draws are differentiable once.
+
+    Pyro's ``TransformedDistribution`` by an ``AffineTransform``, such as a percentage, moves the atoms and scales the
+    density; it refuses all other maps, whose Jacobian would be taken of the atoms too.
     """
 
     support = mixed_unit_interval
