@@ -101,7 +101,7 @@ def draw_with_stand_in(
     with :math:`p_\tau = \mathrm{softmax}(\theta / \tau)`. A temperature that is a tensor broadcasts to the batch shape.
     """
     if isinstance(temperature, Tensor):
-        temperature = temperature.unsqueeze(-1)
+        temperature = temperature.to(logits.device, logits.dtype).unsqueeze(-1)
     noise = gumbel_like(logits.detach())
     hard = one_hot_at_max(logits.detach() + noise)
     if jacobian == "softmax":

@@ -53,6 +53,7 @@ def flags():
     }
 
 
+coercions = list(pyro.distributions.distribution.COERCIONS)
 before = flags()
 attributes = [dict(vars(owner)) for owner in WATCHED]
 registered = {name: dict(registry) for name, registry in REGISTRIES.items()}
@@ -69,6 +70,14 @@ for owner, old in zip(WATCHED, attributes):
     # torch imports some of its own submodules late; anything else that appears is ours, and does not belong there.
     added = [key for key in new if key not in old and not isinstance(new[key], types.ModuleType)]
     assert not changed and not added, f"{owner}: changed {changed}, added {added}"
+
+
+# Pyro asks those in this list before it builds one of its wrappers; ours answers for our own families only.
+new = pyro.distributions.distribution.COERCIONS
+assert new[:-1] == coercions and new[-1].__module__ == "pyro_sparse.distributions.stock_wrappers", new
+normal = pyro.distributions.Normal(torch.zeros(3), 1.0)
+for wrapped in (normal.to_event(1), normal.mask(True), pyro.distributions.TransformedDistribution(normal, [])):
+    assert not type(wrapped).__module__.startswith("pyro_sparse")
 
 
 def is_ours(classes):

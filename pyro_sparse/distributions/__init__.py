@@ -5,7 +5,8 @@ from __future__ import annotations
 import pyro_sparse.distributions.kl
 import pyro_sparse.distributions.kl_faces
 import pyro_sparse.distributions.kl_mixed
-import pyro_sparse.distributions.kl_on_faces  # noqa: F401  (all of these register KL divergences)
+import pyro_sparse.distributions.kl_on_faces
+import pyro_sparse.distributions.stock_wrappers  # noqa: F401  (these register KL divergences, and forms of ours)
 from pyro_sparse.distributions.constraints import mixed_simplex, mixed_unit_interval
 from pyro_sparse.distributions.face_dirichlet import FaceDirichlet
 from pyro_sparse.distributions.face_logistic_normal import FaceLogisticNormal

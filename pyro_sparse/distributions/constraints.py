@@ -41,6 +41,12 @@ class MixedConstraint(constraints.Constraint):
         return f"mixed({self.domain}, atoms={self.atoms})"
 
 
+def has_atoms(constraint: Any) -> bool:
+    """Whether a domain, or what it is made of by ``to_event`` or a mixture, has points with probability."""
+    parts = [getattr(constraint, name, None) for name in ("base_constraint", "constraint0", "constraint1")]
+    return isinstance(constraint, MixedConstraint) or any(has_atoms(part) for part in parts if part is not None)
+
+
 class _Face(constraints.Constraint):
     """Vectors of zeros and ones that are not all zero: the vertices of a face of the simplex."""
 
@@ -95,26 +101,36 @@ def check_compositions(owner: str, value: Tensor, num_classes: int) -> None:
         )
 
 
+def nan_where(nan: Tensor, result: Tensor) -> Tensor:
+    """The result, NaN where this holds: where a value is NaN, of which a comparison knows nothing."""
+    return torch.where(nan, math.nan, result)
+
+
 def on_simplex_only(log_prob: Tensor, value: Tensor, ok: Tensor) -> Tensor:
     """The log-probabilities where the rows of a value are ok, -inf elsewhere, NaN where they have one."""
-    outside = torch.where(value.isnan().any(-1), math.nan, -math.inf).to(log_prob.dtype)
-    return torch.where(ok, log_prob, outside)
+    return nan_where(value.isnan().any(-1), torch.where(ok, log_prob, -math.inf))
 
 
 #: compositions, zeros included: the simplex where all faces have probability
 mixed_simplex = _MixedSimplex()
 
 
-@biject_to.register(MixedConstraint)
-@transform_to.register(MixedConstraint)
-@biject_to.register(_MixedSimplex)
-@transform_to.register(_MixedSimplex)
 def _refuse(constraint: constraints.Constraint) -> NoReturn:
     raise NotImplementedError(
         f"biject_to, transform_to: expected a domain without atoms, got {constraint}. HMC, NUTS and the normal "
         "autoguides move through a smooth bijection, which never reaches an atom. Write a guide that samples a mixed "
         "distribution (e.g. HardConcrete, MixedDirichlet) and train it by SVI, or marginalise the atoms."
     )
+
+
+def refuse_bijections(constraint: type[constraints.Constraint]) -> None:
+    """Registers with torch that no bijection leads to domains of this type."""
+    biject_to.register(constraint, _refuse)
+    transform_to.register(constraint, _refuse)
+
+
+refuse_bijections(MixedConstraint)
+refuse_bijections(_MixedSimplex)
 
 
 def interior_point(constraint: Any, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_sparse.distributions.constraints import face
+from pyro_sparse.distributions.constraints import face, on_simplex_only
 from pyro_sparse.distributions.mixed_base import check_expand
 
 MAX_ENUMERABLE = 12  # vertices: 4095 faces
@@ -46,7 +46,9 @@ class FaceDistribution(TorchDistribution):
         """The log-probability of faces, as bits, ``(*batch, K)``."""
         if self._validate_args:
             self._validate_sample(value)
-        return self.log_mass(value)
+            return self.log_mass(value)
+        ok = self.support.check(value)
+        return on_simplex_only(self.log_mass(torch.where(ok.unsqueeze(-1), value, 1.0)), value, ok)
 
     def log_mass(self, value: Tensor) -> Tensor:
         """As :meth:`log_prob`, of what is known to be a face."""
@@ -66,6 +68,14 @@ class FaceDistribution(TorchDistribution):
     def double(self) -> FaceDistribution:
         """The same distribution in float64."""
         return self if self.like.dtype == torch.float64 else self._remade(self.like.double())
+
+    def to(self, like: Tensor) -> FaceDistribution:
+        """The same distribution with the dtype and device of a tensor."""
+        if (self.like.dtype, self.like.device) == (like.dtype, like.device):
+            return self
+        new = self._remade(self.like.to(like))
+        new._validate_args = self._validate_args
+        return new
 
     def product_minus_one(self, x_minus_one: Tensor) -> Tensor:
         r""":math:`E \prod_k x_k^{f_k} - 1` for :math:`x_k - 1` in (-1, 0], ``(*batch, nodes, K)``: nothing cancels."""

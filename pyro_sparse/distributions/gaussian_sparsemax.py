@@ -12,7 +12,8 @@ from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log_ndtr, panels
 from pyro_sparse.distributions.extrinsic import ExtrinsicSimplex
-from pyro_sparse.distributions.mixed import check_finite, check_floating, check_positive
+from pyro_sparse.distributions.mixed import check_finite, check_positive
+from pyro_sparse.distributions.parameters import aligned
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -71,9 +72,7 @@ class GaussianSparsemax(ExtrinsicSimplex):
     _tensors = ("loc", "scale")
 
     def __init__(self, loc: float | Tensor, scale: float | Tensor, *, validate_args: bool | None = None) -> None:
-        check_floating(type(self).__name__, "loc", loc)
-        check_floating(type(self).__name__, "scale", scale)
-        self.loc, self.scale = broadcast_all(loc, scale)
+        self.loc, self.scale = broadcast_all(*aligned(type(self).__name__, loc=loc, scale=scale))
         super().__init__(self.loc.shape, validate_args)
         if self._validate_args:
             check_finite(type(self).__name__, "loc", self.loc)

@@ -14,7 +14,8 @@ from torch.nn.functional import logsigmoid, one_hot
 
 from pyro_sparse._numerics import log1mexpexp
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
-from pyro_sparse.distributions.mixed import check_floating, checked
+from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.parameters import check_floating
 
 
 class GibbsFaces(FaceDistribution):

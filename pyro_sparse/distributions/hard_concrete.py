@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_sparse._numerics import log1mexp
 from pyro_sparse.distributions.mixed import check_finite, check_positive
+from pyro_sparse.distributions.parameters import aligned
 from pyro_sparse.distributions.stretched import Stretched
 
 
@@ -67,6 +68,7 @@ class HardConcrete(Stretched):
         nodes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        logits, temperature = aligned(type(self).__name__, logits=logits, temperature=temperature)
         self.temperature, self.logits = broadcast_all(temperature, logits)
         super().__init__(self.logits, low, high, nodes, validate_args)
         if self._validate_args:

@@ -12,7 +12,8 @@ from torch.distributions.utils import broadcast_all
 
 from pyro_sparse.distributions.extrinsic import ExtrinsicSimplex
 from pyro_sparse.distributions.hard_concrete import HardConcrete
-from pyro_sparse.distributions.mixed import check_finite, check_floating, check_positive, checked
+from pyro_sparse.distributions.mixed import check_finite, check_positive, checked
+from pyro_sparse.distributions.parameters import aligned
 
 
 class HardConcreteSimplex(ExtrinsicSimplex):
@@ -80,8 +81,7 @@ class HardConcreteSimplex(ExtrinsicSimplex):
         validate_args: bool | None = None,
     ) -> None:
         name = type(self).__name__
-        for parameter, value in (("temperature", temperature), ("logits", logits), ("stretch", stretch)):
-            check_floating(name, parameter, value)
+        logits, temperature, stretch = aligned(name, logits=logits, temperature=temperature, stretch=stretch)
         event = logits.shape[-1:]
         first = logits[..., 0] if event else logits
         self.temperature, self.stretch, first = broadcast_all(temperature, stretch, first)

@@ -12,6 +12,7 @@ from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log1mexp, log1mexpexp
 from pyro_sparse.distributions.mixed import check_positive
+from pyro_sparse.distributions.parameters import aligned
 from pyro_sparse.distributions.stretched import Stretched
 
 
@@ -67,7 +68,8 @@ class HardKumaraswamy(Stretched):
         nodes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.concentration1, self.concentration0 = broadcast_all(concentration1, concentration0)
+        both = aligned(type(self).__name__, concentration1=concentration1, concentration0=concentration0)
+        self.concentration1, self.concentration0 = broadcast_all(*both)
         super().__init__(self.concentration1, low, high, nodes, validate_args)
         if self._validate_args:
             for name in ("concentration1", "concentration0"):

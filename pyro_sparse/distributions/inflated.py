@@ -13,6 +13,7 @@ from torch.distributions import Distribution, Uniform, constraints
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
 from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf, implicit
+from pyro_sparse.distributions.parameters import aligned, first_tensor
 from pyro_sparse.distributions.quadrature import Stretch, nearly_none
 
 
@@ -25,15 +26,18 @@ class InflatedDistribution(MixedDistribution):
     """
 
     slab: Any
+    #: the logits or probabilities
+    _given: Tensor
 
     @property
     def _stretch(self) -> Stretch:
         return None if isinstance(self.slab, Uniform) else nearly_none(self._zero)
 
-    def __init__(self, slab: Any, batch_shape: Size, like: Tensor, validate_args: bool | None) -> None:
+    def __init__(self, slab: Any, batch_shape: Size, given: Tensor, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "slab", slab)
         self.slab = slab
-        super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), like, validate_args)
+        (self._given,) = aligned(type(self).__name__, first_tensor(slab), given=given)  # draws are the slab's
+        super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), self._given, validate_args)
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:

@@ -11,6 +11,7 @@ parameter and ``ValueError`` says so; a pair that nobody has worked out raises `
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NoReturn
 
@@ -20,9 +21,10 @@ from pyro.distributions.torch import Independent
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Uniform, kl_divergence
+from torch.distributions import Bernoulli, Distribution, TransformedDistribution, Uniform, kl_divergence
 from torch.distributions.kl import register_kl
 
+from pyro_sparse.distributions.affine import AffineMixed
 from pyro_sparse.distributions.inflated import InflatedDistribution
 from pyro_sparse.distributions.mixed import MixedDistribution
 from pyro_sparse.distributions.mixed_base import MixedBase, UnknownDivergence
@@ -136,14 +138,17 @@ for _pair in [
     (Distribution, MixedBase),
 ]:
     register_kl(*_pair)(_unknown)
-for _wrapper in (MaskedMixed, IndependentMixed):
+_WRAPPERS = (MaskedMixed, IndependentMixed, AffineMixed)
+for _wrapper in _WRAPPERS:
     register_kl(_wrapper, Distribution)(_unknown)
     register_kl(Distribution, _wrapper)(_unknown)
     register_kl(MixedBase, _wrapper)(_unknown)
     register_kl(_wrapper, MixedBase)(_unknown)
     register_kl(Delta, _wrapper)(_kl_delta)
-register_kl(MaskedMixed, IndependentMixed)(_unknown)
-register_kl(IndependentMixed, MaskedMixed)(_unknown)
+    register_kl(_wrapper, TransformedDistribution)(_unknown)
+    register_kl(TransformedDistribution, _wrapper)(_unknown)
+for _pair in itertools.permutations(_WRAPPERS, 2):
+    register_kl(*_pair)(_unknown)
 register_kl(Delta, MixedBase)(_kl_delta)
 
 
@@ -164,3 +169,10 @@ def _kl_masked(p: MaskedDistribution, q: MaskedDistribution) -> Tensor:
 def _kl_independent(p: Independent, q: Independent) -> Tensor:
     shared = min(p.reinterpreted_batch_ndims, q.reinterpreted_batch_ndims)
     return sum_rightmost(kl_divergence(p.to_event(-shared), q.to_event(-shared)), shared)
+
+
+@register_kl(AffineMixed, AffineMixed)
+def _kl_affine(p: AffineMixed, q: AffineMixed) -> Tensor:
+    if p.transforms != q.transforms:
+        _unknown(p, q)
+    return kl_divergence(p.base_dist, q.base_dist)

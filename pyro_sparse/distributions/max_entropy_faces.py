@@ -12,6 +12,7 @@ from torch.distributions import Categorical, constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
+from pyro_sparse.distributions.parameters import check_floating
 
 
 class MaxEntropyFaces(FaceDistribution):
@@ -51,6 +52,7 @@ class MaxEntropyFaces(FaceDistribution):
 
     def __init__(self, num_classes: int, bits: Tensor | float, *, validate_args: bool | None = None) -> None:
         self.num_classes = num_vertices("MaxEntropyFaces", (num_classes,))
+        check_floating("MaxEntropyFaces", "bits", bits)
         self.bits = torch.as_tensor(bits, dtype=None if isinstance(bits, Tensor) else torch.get_default_dtype())
         super().__init__(self.bits.shape, Size([num_classes]), validate_args=validate_args)
 

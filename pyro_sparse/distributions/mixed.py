@@ -24,7 +24,7 @@ from torch.distributions import Distribution
 from torch.overrides import handle_torch_function, has_torch_function
 
 from pyro_sparse._numerics import entropy_terms
-from pyro_sparse.distributions.constraints import interior_point, mixed_unit_interval
+from pyro_sparse.distributions.constraints import has_atoms, interior_point, mixed_unit_interval, nan_where
 from pyro_sparse.distributions.mixed_base import MixedBase
 from pyro_sparse.distributions.quadrature import Stretch
 
@@ -49,6 +49,9 @@ class MixedDistribution(MixedBase):
 
     ``TraceMeanField_ELBO`` refuses the default form while Pyro's validation is on, and loses its score part with
     validation off. Draws are differentiable once.
+
+    Pyro's ``TransformedDistribution`` by an ``AffineTransform``, such as a percentage, moves the atoms and scales the
+    density; it refuses all other maps, whose Jacobian would be taken of the atoms too.
     """
 
     support = mixed_unit_interval
@@ -127,7 +130,7 @@ class MixedDistribution(MixedBase):
             self._check_value(value)
         log_prob = self._by_stratum(value, self._log_weights()[:-1], self._log_density(self._inside(value)))
         if not self._validate_args:
-            log_prob = torch.where(self.support.check(value) | value.isnan(), log_prob, -math.inf)
+            log_prob = nan_where(value.isnan(), torch.where(self.support.check(value), log_prob, -math.inf))
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self._batch_shape))
 
     def score_parts(self, value: Tensor) -> ScoreParts:
@@ -270,12 +273,6 @@ def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, exp
         raise ValueError(f"{owner}.{name}: expected {expected}, got {got}. {fix}")
 
 
-def check_floating(owner: str, name: str, value: Any) -> None:
-    """Raises where a parameter is a tensor of integers, into which broadcasting would turn a number beside it."""
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        raise TypeError(f"{owner}.{name}: expected a floating-point tensor, got {value.dtype}. Use .float().")
-
-
 def check_finite(owner: str, name: str, value: Tensor) -> None:
     """Raises unless a parameter on the whole line is a number throughout."""
     checked(owner, name, value, value.isfinite(), "a finite number", "Check the network.")
@@ -301,7 +298,7 @@ def has_cdf(d: Any) -> bool:
 def cdf_anywhere(d: Any, x: Tensor) -> Tensor:
     """The cdf of a univariate distribution on the whole line: outside of its support it may refuse or return NaN."""
     ok, middle = d.support.check(x), interior_point(d.support, x)
-    return torch.where(ok, d.cdf(torch.where(ok, x, middle)), (x > middle).to(x.dtype))
+    return nan_where(x.isnan(), torch.where(ok, d.cdf(torch.where(ok, x, middle)), (x > middle).to(x.dtype)))
 
 
 def check_univariate(owner: str, name: str, d: Any) -> None:
@@ -315,7 +312,7 @@ def check_univariate(owner: str, name: str, d: Any) -> None:
             f"{owner}.{name}: expected a univariate distribution, got {type(d).__name__} with event shape "
             f"{tuple(d.event_shape)}. Apply to_event after mixing, not before."
         )
-    if isinstance(d, MixedDistribution) or d.support.is_discrete:
+    if has_atoms(d.support) or d.support.is_discrete:
         raise ValueError(
             f"{owner}.{name}: expected a continuous distribution, got {type(d).__name__}, which has atoms. "
             "Use one with a density, e.g. Normal or Beta."

@@ -72,6 +72,8 @@ class MixedSimplex(MixedBase):
 
     def __init__(self, faces: FaceDistribution, within: OnFace, *, validate_args: bool | None = None) -> None:
         check_parts(type(self).__name__, faces, within)
+        if not faces.like.dim():  # a number beside the parameters of the points
+            faces = faces.to(within.like)
         self.faces, self.within = faces, within
         shape = torch.broadcast_shapes(faces.batch_shape, within.batch_shape)
         super().__init__(shape, faces.event_shape, validate_args)
@@ -110,12 +112,15 @@ class MixedSimplex(MixedBase):
         """The log-probability of the face of a point, and the log-density there; -inf outside of the simplex."""
         if self._validate_args:
             check_compositions(type(self).__name__, value, self._event_shape[0])
+            return self._parts_on_simplex(value)
+        ok = self.support.check(value)
+        of_face, log_prob = self._parts_on_simplex(torch.where(ok.unsqueeze(-1), value, 1 / value.shape[-1]))
+        return of_face, on_simplex_only(log_prob, value, ok)
+
+    def _parts_on_simplex(self, value: Tensor) -> tuple[Tensor, Tensor]:
         face = (value > 0).to(value.dtype)
-        of_face = self.faces.log_mass(face)
-        log_prob = of_face + self.within.at(face).log_density(value)
-        if not self._validate_args:
-            log_prob = on_simplex_only(log_prob, value, self.support.check(value))
-        return of_face, log_prob
+        of_face = self.faces.log_mass(face).to(self.dtype)
+        return of_face, of_face + self.within.at(face).log_density(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-probability of the face of a point and the log-density inside it; the point is ``(*batch, K)``."""

@@ -13,7 +13,7 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask, sum_rig
 from torch import Size, Tensor
 
 
-class _Forwarding:
+class Forwarding:
     """A wrapper around a mixed distribution: its base draws, and knows which way."""
 
     base_dist: Any
@@ -42,7 +42,7 @@ class _Forwarding:
         return IndependentMixed.of(self, reinterpreted_batch_ndims)
 
 
-class MaskedMixed(_Forwarding, MaskedDistribution):
+class MaskedMixed(Forwarding, MaskedDistribution):
     """:class:`~pyro.distributions.MaskedDistribution` of a mixed distribution; draws are those of the base."""
 
     @classmethod
@@ -66,7 +66,7 @@ class MaskedMixed(_Forwarding, MaskedDistribution):
         return f"{type(self).__name__}({self.base_dist})"
 
 
-class IndependentMixed(_Forwarding, Independent):  # type: ignore[override]  # torch's own has a property there
+class IndependentMixed(Forwarding, Independent):  # type: ignore[override]  # torch's own has a property there
     """:class:`~pyro.distributions.Independent` of a mixed distribution; draws are those of the base."""
 
     @classmethod

@@ -11,11 +11,12 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 
 from pyro_sparse._numerics import safe_log
-from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex
+from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex, nan_where
 from pyro_sparse.distributions.face_sums import OneFace, Sums
 from pyro_sparse.distributions.faces import num_vertices
 from pyro_sparse.distributions.mixed import checked
 from pyro_sparse.distributions.mixed_base import check_expand
+from pyro_sparse.distributions.parameters import aligned
 
 
 class OnFace(TorchDistribution):
@@ -36,10 +37,12 @@ class OnFace(TorchDistribution):
 
     def __init__(self, face: Tensor | None, validate_args: bool | None, **parameters: Any) -> None:
         name = type(self).__name__
+        parameters = dict(zip(parameters, aligned(name, **parameters), strict=True))
         like = next((p for p in parameters.values() if isinstance(p, Tensor)), None)
-        if like is None or not like.is_floating_point():
-            got = "numbers" if like is None else f"a tensor of {like.dtype}"
-            raise TypeError(f"{name}: expected a floating-point tensor of K parameters, got {got}. Say torch.ones(K).")
+        if like is None:
+            raise TypeError(
+                f"{name}: expected a floating-point tensor of K parameters, got numbers. Say torch.ones(K)."
+            )
         tensors = {key: torch.as_tensor(p, dtype=like.dtype, device=like.device) for key, p in parameters.items()}
         shapes = {key: p.shape for key, p in tensors.items()} | ({} if face is None else {"face": face.shape})
         try:
@@ -127,7 +130,7 @@ class OnFace(TorchDistribution):
         """The log-density; -inf where the positive coordinates are not those of the face."""
         if self._validate_args:
             check_compositions(type(self).__name__, value, self._event_shape[0])
-        return self.log_density(value)
+        return nan_where(value.isnan().any(-1), self.log_density(value))
 
     def log_density(self, value: Tensor) -> Tensor:
         """As :meth:`log_prob`, of what is known to be on the simplex."""

@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
+from pyro_sparse.distributions.constraints import nan_where
 from pyro_sparse.distributions.projected import ProjectedDistribution
 
 
@@ -38,7 +39,7 @@ class SparseOneHotCategorical(ProjectedDistribution):
         validate_args: as in torch.
 
     Raises:
-        ValueError: as :class:`SparseCategorical`.
+        TypeError, ValueError: as :class:`SparseCategorical`.
     """
 
     support = constraints.one_hot
@@ -59,7 +60,7 @@ class SparseOneHotCategorical(ProjectedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return self._log_prob_of(value.argmax(-1))
+        return nan_where(value.isnan().any(-1), self._log_prob_of(value.argmax(-1)))
 
     @property
     def mean(self) -> Tensor:

@@ -60,7 +60,7 @@ class ProjectedDistribution(SparseDistribution):
         here = f"{type(self).__name__}.{name}"
         if not isinstance(source, Tensor) or not source.is_floating_point():
             got = source.dtype if isinstance(source, Tensor) else type(source).__name__
-            raise ValueError(f"{here}: expected a floating-point tensor, got {got}. Convert it, e.g. by .float().")
+            raise TypeError(f"{here}: expected a floating-point tensor, got {got}. Convert it, e.g. by .float().")
         if source.dim() < 1 or source.shape[-1] < 1:
             raise ValueError(
                 f"{here}: expected shape (*batch, K) with K >= 1, got {tuple(source.shape)}. "

@@ -13,6 +13,7 @@ from torch.special import ndtri
 
 from pyro_sparse._numerics import gauss_legendre, log1mexp, log_ndtr
 from pyro_sparse.distributions.mixed import check_finite, check_positive
+from pyro_sparse.distributions.parameters import aligned
 from pyro_sparse.distributions.rectified import RectifiedDistribution
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
@@ -63,7 +64,7 @@ class RectifiedNormal(RectifiedDistribution):
         nodes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.loc, self.scale = broadcast_all(loc, scale)
+        self.loc, self.scale = broadcast_all(*aligned(type(self).__name__, loc=loc, scale=scale))
         super().__init__(self.loc.shape, self.loc, nodes, validate_args)
         if self._validate_args:
             check_finite(type(self).__name__, "loc", self.loc)

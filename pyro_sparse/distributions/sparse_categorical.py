@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
+from pyro_sparse.distributions.constraints import nan_where
 from pyro_sparse.distributions.projected import ProjectedDistribution
 
 
@@ -43,8 +44,9 @@ class SparseCategorical(ProjectedDistribution):
         validate_args: as in torch; checks the probabilities (:math:`|\sum_k p_k - 1| \le 8 K \epsilon`).
 
     Raises:
-        ValueError: for both or neither of scores and probs; scores of an integer dtype, with NaN, +inf, a row of
-            -inf only or no outcomes; a projection that changes the shape or leaves the simplex.
+        TypeError: scores or probs that are no floating-point tensor.
+        ValueError: for both or neither of scores and probs; scores with NaN, +inf, a row of -inf only or no outcomes; a
+            projection that changes the shape or leaves the simplex.
 
     Reference: A. Martins and R. Astudillo, *From softmax to sparsemax*, ICML 2016, §2; G. Correia et al., *Efficient
     marginalization of discrete and structured latent variables via sparsity*, NeurIPS 2020, §3.
@@ -60,7 +62,10 @@ class SparseCategorical(ProjectedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return self._log_prob_of(value.long())
+        if not value.is_floating_point():
+            return self._log_prob_of(value.long())
+        nan = value.isnan()
+        return nan_where(nan, self._log_prob_of(torch.where(nan, 0.0, value).long()))
 
     @property
     def mean(self) -> Tensor:

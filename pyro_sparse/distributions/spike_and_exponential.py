@@ -13,6 +13,7 @@ from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log1mexp, safe_log
 from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.parameters import aligned, check_floating
 from pyro_sparse.distributions.spike_and_slab import SpikeAndSlab
 
 
@@ -44,6 +45,7 @@ class TruncatedExponential(TorchDistribution):
     has_rsample = True
 
     def __init__(self, rate: float | Tensor, *, validate_args: bool | None = None) -> None:
+        check_floating(type(self).__name__, "rate", rate)
         (self.rate,) = broadcast_all(rate)
         super().__init__(self.rate.shape, validate_args=validate_args)
 
@@ -168,6 +170,10 @@ class SpikeAndExponential(SpikeAndSlab):
         probs: float | Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        rate, logits, probs = aligned(type(self).__name__, rate=rate, logits=logits, probs=probs)
+        like = next((x for x in (rate, logits, probs) if isinstance(x, Tensor)), None)
+        if like is not None:
+            rate = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
         slab = TruncatedExponential(rate, validate_args=False)
         super().__init__(slab, logits=logits, probs=probs, validate_args=validate_args)
         if self._validate_args:

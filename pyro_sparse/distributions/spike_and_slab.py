@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.inflated import InflatedDistribution
 from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.parameters import check_floating
 
 
 class SpikeAndSlab(InflatedDistribution):
@@ -64,8 +65,8 @@ class SpikeAndSlab(InflatedDistribution):
         probs: float | Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self._given, self._from_logits = given(type(self).__name__, logits, probs)
-        super().__init__(slab, self._given.shape, self._given, validate_args)
+        value, self._from_logits = given(type(self).__name__, logits, probs)
+        super().__init__(slab, value.shape, value, validate_args)
         if self._validate_args:
             check_given(type(self).__name__, self._given, self._from_logits)
 
@@ -111,6 +112,7 @@ def given(owner: str, logits: Any, probs: Any) -> tuple[Tensor, bool]:
         what = "neither" if logits is None else "both"
         raise ValueError(f"{owner}: expected either logits or probs, got {what}. Give exactly one.")
     value = probs if logits is None else logits
+    check_floating(owner, "probs" if logits is None else "logits", value)
     value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
     return value, logits is not None
 

@@ -28,6 +28,7 @@ from torch.distributions import Independent
 from pyro_sparse._relaxation import Jacobian, check_stand_in, draw_with_stand_in, exact_logits, straight_through
 from pyro_sparse._relaxation import linear_log_prob as _linear
 from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.parameters import check_floating
 
 
 class _StraightThrough:
@@ -45,7 +46,10 @@ class _StraightThrough:
         num_draws: int = 10,
         validate_args: bool | None = None,
     ) -> None:
-        check_stand_in(type(self).__name__, jacobian, num_draws)
+        name = type(self).__name__
+        check_stand_in(name, jacobian, num_draws)
+        for parameter, value in (("probs", probs), ("logits", logits), ("temperature", temperature)):
+            check_floating(name, parameter, value)
         self.jacobian, self.temperature, self.num_draws = jacobian, temperature, num_draws
         super().__init__(probs, logits, validate_args=validate_args)  # type: ignore[call-arg]
         self._check_temperature()

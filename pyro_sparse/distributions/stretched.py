@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_sparse.distributions.mixed import checked
+from pyro_sparse.distributions.parameters import aligned
 from pyro_sparse.distributions.quadrature import Points, Stretch, logit, same
 from pyro_sparse.distributions.rectified import RectifiedDistribution
 
@@ -42,7 +43,7 @@ class Stretched(RectifiedDistribution):
     high: Any
 
     def __init__(self, like: Tensor, low: Any, high: Any, nodes: int | None, validate_args: bool | None) -> None:
-        self.low, self.high = low, high
+        self.low, self.high = low, high = aligned(type(self).__name__, like, low=low, high=high)
         super().__init__(stretched_shape(like.shape, low, high), like, nodes, validate_args)
         if self._validate_args:
             check_stretch(type(self).__name__, low, high)

@@ -8,23 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from pyro_sparse._numerics import safe_log
-from pyro_sparse.distributions.constraints import interior_point
+from pyro_sparse.distributions.constraints import interior_point, nan_where
 from pyro_sparse.distributions.mixed import cdf_anywhere, check_univariate, has_cdf
+from pyro_sparse.distributions.parameters import aligned, first_tensor
 from pyro_sparse.distributions.rectified import RectifiedDistribution
 from pyro_sparse.distributions.stretched import check_stretch, log_width, stretched_shape
-
-
-def _first_tensor(d: Any) -> Tensor:
-    """Some parameter, which knows the dtype and the device."""
-    for value in vars(d).values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach()
-        if isinstance(value, Distribution):
-            return _first_tensor(value)
-    raise ValueError(f"{type(d).__name__}: expected a distribution with a parameter, got none. Give it tensors.")
 
 
 class StretchedRectified(RectifiedDistribution):
@@ -88,7 +79,7 @@ class StretchedRectified(RectifiedDistribution):
     ) -> None:
         self._setup(base, low, high, nodes, validate_args)
         if self._validate_args:
-            check_stretch(type(self).__name__, low, high)
+            check_stretch(type(self).__name__, self.low, self.high)
 
     def _setup(self, base: Any, low: Any, high: Any, nodes: int | None, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "base", base)
@@ -97,9 +88,13 @@ class StretchedRectified(RectifiedDistribution):
                 f"{type(self).__name__}.base: expected a distribution with a cdf, got {type(base).__name__}. "
                 "Use one that torch can integrate, e.g. Normal, Laplace, Uniform, Kumaraswamy or a mixture of them."
             )
-        self.base_dist, self.low, self.high = base, low, high
-        shape = stretched_shape(base.batch_shape, low, high)
-        super().__init__(shape, _first_tensor(base), nodes, validate_args)
+        if (like := first_tensor(base)) is None:
+            raise ValueError(
+                f"{type(self).__name__}.base: expected a distribution with a parameter, got {base}. Give it tensors."
+            )
+        self.base_dist = base
+        self.low, self.high = low, high = aligned(type(self).__name__, like, low=low, high=high)
+        super().__init__(stretched_shape(base.batch_shape, low, high), like, nodes, validate_args)
 
     def _of_base(self, z: Tensor) -> Tensor:
         return (z - self.low) / (self.high - self.low)
@@ -136,7 +131,8 @@ class StretchedRectified(RectifiedDistribution):
 
     def _quantile(self, u: Tensor) -> Tensor:
         at_zero, at_one = self._base_cdf(self._zero) >= u, self._base_cdf(self._zero + 1) < u
-        return torch.where(at_zero, 0.0, torch.where(at_one, 1.0, self._bisected(u, 60)))
+        z = torch.where(at_zero, 0.0, torch.where(at_one, 1.0, self._bisected(u, 60)))
+        return nan_where(u.isnan(), z)
 
     def _near_quantile(self, u: Tensor) -> Tensor:
         return self._bisected(u, 40)

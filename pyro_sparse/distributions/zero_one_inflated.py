@@ -64,24 +64,26 @@ class ZeroOneInflated(InflatedDistribution):
         validate_args: bool | None = None,
     ) -> None:
         name = type(self).__name__
-        self._given, self._from_logits = given(name, logits, probs)
-        if self._given.shape[-1:] != (3,):
+        value, self._from_logits = given(name, logits, probs)
+        if value.shape[-1:] != (3,):
             raise ValueError(
-                f"{name}: expected 3 in the last dim, got shape {tuple(self._given.shape)}. They are of being 0, of "
-                "being 1, and of being inside."
+                f"{name}: expected 3 in the last dim, got shape {tuple(value.shape)}. They are of being 0, of being 1, "
+                "and of being inside."
             )
-        super().__init__(slab, self._given.shape[:-1], self._given, validate_args)
+        super().__init__(slab, value.shape[:-1], value, validate_args)
         if self._validate_args:
-            self._check(name)
+            self._check(name, value.dtype)
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, dtype: torch.dtype) -> None:
         p = self._given
         if self._from_logits:
             checked(name, "logits", p, ~p.isnan() & (p < torch.inf), "numbers or -inf", "Check the network.")
             some = (p > -torch.inf).any(-1, keepdim=True)
             checked(name, "logits", p, some.expand(p.shape), "a finite logit in every row", "Keep one possibility.")
         else:
-            ok = (p >= 0) & ((p.sum(-1, keepdim=True) - 1).abs() <= 24 * torch.finfo(p.dtype).eps)
+            ok = (p >= 0) & (
+                (p.sum(-1, keepdim=True) - 1).abs() <= 24 * max(torch.finfo(x).eps for x in (p.dtype, dtype))
+            )
             checked(name, "probs", p, ok, "non-negative rows that sum to one", "Normalise them, or use logits.")
         eps = torch.finfo(p.dtype).eps
         outside = self.slab.support.check(p.new_tensor(-eps)) | self.slab.support.check(p.new_tensor(1 + eps))

@@ -45,9 +45,9 @@ class MovingAverage(Baseline):
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         if self.num_data is None:
-            return self.mean.clone(), 0.0
+            return self.mean.to(cost, copy=True), 0.0
         plate = self._plate(site)
-        return self.mean[self._rows(plate)].reshape(site.batch_shape), 0.0
+        return self.mean[self._rows(plate)].reshape(site.batch_shape).to(cost), 0.0
 
     def update(self, cost: Tensor, site: Site) -> None:
         if self.num_data is None:
@@ -89,7 +89,8 @@ class TrainableConstant(Baseline):
         self.constant = nn.Parameter(torch.zeros(()))
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        return self.constant, (cost - self.constant).square().mean()
+        value = self.constant.to(cost)
+        return value, (cost - value).square().mean()
 
 
 class NeuralBaseline(Baseline):

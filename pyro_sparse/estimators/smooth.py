@@ -73,4 +73,4 @@ def norm_loss(view: OneHotView, gradient: Tensor, estimator: Estimator) -> Tenso
         return 0.0
     norm = view.sum_elements(gradient.square()).mean()
     gradients = torch.autograd.grad(norm, learnt, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return sum((p * g).sum() for p, g in zip(learnt, gradients, strict=True))
+    return sum((p * g).sum().to(norm) for p, g in zip(learnt, gradients, strict=True))

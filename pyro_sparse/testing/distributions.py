@@ -14,6 +14,7 @@ from torch.distributions import Independent
 
 from pyro_sparse.distributions import MixedDistribution
 from pyro_sparse.testing import mixed_distributions as mixed
+from pyro_sparse.testing import stock_forms as stock
 from pyro_sparse.testing.properties import leaves, offered, require, same
 
 Check = Callable[[TorchDistributionMixin], None]
@@ -25,15 +26,17 @@ def check_distribution(d: TorchDistributionMixin) -> None:
 
     ========================= =========================================================================================
     every distribution        shapes of samples, log_prob, entropy and moments; samples lie in the support; parameters
-                              meet their constraints; log_prob broadcasts; expand; mask and to_event in either order;
-                              pickle and deepcopy; repr; dtype; finite gradients
+                              meet their constraints; log_prob broadcasts; expand; mask and to_event in either order,
+                              by method and by constructor; pickle and deepcopy; repr; one dtype of parameters, draws
+                              and results; finite gradients; NaN in, NaN out of log_prob and cdf
     has_rsample               shape of rsample; it carries gradients
     has_enumerate_support     shapes of enumerate_support; :math:`\sum_z p(z) = 1`; entropy, mean, variance and mode
                               against sums over all :math:`z`
     MixedDistribution         probabilities of the atoms and of the inside; total mass, entropy, mean, variance and cdf
                               against quadrature of log_prob; icdf; :math:`\mathrm{KL}(p \| p) = 0`; gradients and
-                              score parts of the draws, also through expand, mask and to_event, with ``has_rsample_``
-                              before and after
+                              score parts of the draws, also through expand, mask and to_event, by method and by
+                              constructor, with ``has_rsample_`` before and after; TransformedDistribution is right or
+                              refused
     has_sparse_support        values are distinct and hold exactly the :math:`z` with :math:`p(z) > 0`, then padding
                               with log-probability -inf; unions; support_size; num_outcomes; to_dense; mask keeps it
     ========================= =========================================================================================
@@ -83,10 +86,11 @@ def check_distribution(d: TorchDistributionMixin) -> None:
 
 def _checks_for(d: TorchDistributionMixin) -> Iterator[Check]:
     yield from (_repr, _parameters, _sample, _log_prob, _batch_shapes, _expand, _wrappers, _copies, _dtypes, _gradients)
+    yield from (stock.constructors, stock.nan)
     if d.has_rsample:
         yield _rsample
     if isinstance(d, MixedDistribution):
-        yield from (mixed.strata, mixed.integrals, mixed.quantiles, mixed.divergence_from_itself)
+        yield from (mixed.strata, mixed.integrals, mixed.quantiles, mixed.divergence_from_itself, mixed.transformed)
     # Under to_event the outcomes are a cartesian product, which Pyro does not enumerate.
     if d.has_enumerate_support and not isinstance(d, Independent):
         yield from (_enumerate_support, _sums_over_outcomes)
@@ -244,9 +248,10 @@ def _dtypes(d: TorchDistributionMixin) -> None:
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
     value, default = d.sample(), torch.get_default_dtype()
     facts = _facts(d, value)
-    if len(dtypes) == 1:
+    require(len(dtypes) <= 1, "dtype of the parameters", "one", dtypes)
+    if dtypes:
         (dtype,) = dtypes
-        for name, fact in {**facts, "sample": value}.items():
+        for name, fact in {**facts, "sample": value, "d()": d()}.items():
             require(not fact.is_floating_point() or fact.dtype == dtype, f"dtype of {name}", dtype, fact.dtype)
     try:
         torch.set_default_dtype(torch.float32 if default == torch.float64 else torch.float64)

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import AffineTransform, ExpTransform, kl_divergence
 
 from pyro_sparse.distributions import MixedDistribution
 from pyro_sparse.distributions.constraints import interior_point
@@ -79,6 +82,21 @@ def divergence_from_itself(d: MixedDistribution) -> None:
     _close("kl_divergence(d, d)", kl, torch.zeros_like(d.prob_zero))
 
 
+def transformed(d: MixedDistribution) -> None:
+    """Pyro's TransformedDistribution: no Jacobian at an atom, the map's own between them; or it is refused."""
+    point = d.prob_zero.new_tensor(0.3)
+    values = [point.new_tensor(atom) for atom in d.support.atoms] + ([point] if d.support.check(point).all() else [])
+    for t in (AffineTransform(0.5, -2.0), ExpTransform()):
+        try:
+            wrapped = dist.TransformedDistribution(d, [t])
+        except (TypeError, ValueError, NotImplementedError):
+            continue
+        for z in values:
+            y, at_atom = t(z), float(z) in d.support.atoms
+            expected = d.log_prob(z) - (0.0 if at_atom else t.log_abs_det_jacobian(z, y))
+            _close(f"log_prob of TransformedDistribution(d, {t}) at {float(y):.3g}", wrapped.log_prob(y), expected)
+
+
 def draws(d: MixedDistribution) -> None:
     """
     The two draws of a mixed distribution, and of all that wraps it.
@@ -108,8 +126,11 @@ def _ways(batch: torch.Size) -> Iterator[tuple[str, Callable[[MixedDistribution]
     yield ".expand", lambda d: d.expand((2, *batch))
     yield ".mask(True)", lambda d: d.mask(True)
     yield ".mask(m)", lambda d: d.mask(mask)
+    yield ", MaskedDistribution(d, m)", lambda d: dist.MaskedDistribution(d, mask)
+    yield ", ExpandedDistribution(d, shape)", lambda d: ExpandedDistribution(copy.copy(d), torch.Size((2, *batch)))
     if batch:
         yield ".to_event(1)", lambda d: d.to_event(1)
+        yield ", Independent(d, 1)", lambda d: Independent(d, 1)
         yield ".mask(m).to_event(1)", lambda d: d.mask(mask).to_event(1)
         yield ".to_event(1).mask(m)", lambda d: d.to_event(1).mask(mask[..., 0])
         yield ".to_event(1).expand", lambda d: d.to_event(1).expand((2, *batch[:-1]))

@@ -45,7 +45,9 @@ each_family = pytest.mark.parametrize("family", [SparseCategorical, SparseOneHot
 )
 def test_bad_parameters(family: Any, kwargs: dict[str, Any], expected: str, got: str) -> None:
     """Each message names the object, what was expected, what was got, and ends with a sentence on how to mend it."""
-    with pytest.raises(ValueError, match=rf"^Sparse\w+(\.\w+)?: expected .*{expected}.*got .*{got}.*\. [A-Z].*\.$"):
+    with pytest.raises(
+        (TypeError, ValueError), match=rf"^Sparse\w+(\.\w+)?: expected .*{expected}.*got .*{got}.*\. [A-Z].*\.$"
+    ):
         family(**kwargs)
 
 

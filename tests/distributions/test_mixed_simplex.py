@@ -263,7 +263,7 @@ def test_bad_input() -> None:
         (lambda: FaceDirichlet(torch.ones(1)), ValueError, "FaceDirichlet: expected at least two vertices"),
         (lambda: MixedDirichlet(torch.zeros(1), torch.ones(1)), ValueError, "at least two vertices"),
         (lambda: FaceDirichlet(ones, ones).on(ones), ValueError, "expected a family on the whole simplex"),
-        (lambda: FaceLogisticNormal(torch.zeros(3, dtype=torch.long), 1.7), TypeError, "got a tensor of torch.int64"),
+        (lambda: FaceLogisticNormal(torch.zeros(3, dtype=torch.long), 1.7), TypeError, "got torch.int64"),
         (lambda: GibbsFaces(torch.zeros(3, dtype=torch.long)), TypeError, "expected a floating-point tensor"),
         (lambda: FaceDirichlet(1.0), TypeError, "expected a floating-point tensor of K parameters, got num"),
         (lambda: FaceDirichlet(ones, torch.zeros(3)), ValueError, "face: expected bits, some of them one in"),

@@ -15,18 +15,20 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
 from pyro_sparse.estimators import (
+    REBAR,
     Baseline,
     MovingAverage,
     NeuralBaseline,
     Plate,
     SampleBaseline,
     Scaled,
+    ScoreFunction,
     SelfCritic,
     Site,
     Sum,
     TrainableConstant,
 )
-from pyro_sparse.infer import BaselineELBO
+from pyro_sparse.infer import BaselineELBO, EstimatorELBO
 from pyro_sparse.infer.assignment import PyroBaseline
 
 
@@ -518,3 +520,20 @@ def test_after_a_skipped_batch_an_elbo_goes_on(make: Callable[[], Baseline]) -> 
             theta = pyro.get_param_store()._params["theta"]
             finite.append(bool(loss.isfinite() and torch.autograd.grad(loss, theta)[0].isfinite()))
     assert finite == [True, True, False, True]
+
+
+@pytest.mark.parametrize("learner", [MovingAverage, lambda: MovingAverage(num_data=3), TrainableConstant, REBAR])
+def test_a_loss_follows_its_costs(learner: Any) -> None:
+    """What is learnt in float64, 0-dim or not, makes no float64 of a float32 program."""
+    estimator = learner() if learner is REBAR else ScoreFunction(learner())
+
+    def model() -> None:
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(3, dtype=torch.float32)))
+            pyro.factor("x", z.sin().sum(-1))
+
+    def guide() -> None:
+        with pyro.plate("rows", 3):
+            pyro.sample("z", dist.OneHotCategorical(logits=pyro.param("l", torch.zeros(3, dtype=torch.float32))))
+
+    assert EstimatorELBO(estimator).differentiable_loss(model, guide).dtype == torch.float32

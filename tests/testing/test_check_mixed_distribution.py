@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from pyro_sparse.distributions import (
+    GumbelSoftmaxST,
     HardConcrete,
     HardKumaraswamy,
     Rectified,
@@ -23,6 +24,7 @@ from pyro_sparse.distributions import (
     SpikeAndSlab,
     StretchedRectified,
     ZeroOneInflated,
+    stock_wrappers,
 )
 from pyro_sparse.testing import check_distribution
 
@@ -247,3 +249,82 @@ def _not_implemented(p: Any, q: Any) -> Tensor:
 def test_broken_ones_are_caught(family: type[HardConcrete], message: str) -> None:
     with pytest.raises(AssertionError, match=rf"(?s)^check_distribution\({family.__name__}.*\): .*{message}"):
         check_distribution(family(positive(3, 1), real(2)))
+
+
+# Pyro's own constructors, as they are where nobody answers for them.
+
+
+@pytest.mark.parametrize(
+    "wrapper, message",
+    [
+        (dist.MaskedDistribution, r"gradient of the score function of d\(\), MaskedDistribution\(d, m\): expected"),
+        (ExpandedDistribution, r"gradient of the score function of d\(\), ExpandedDistribution\(d, shape\): expected"),
+        (Independent, r"expected no error, got AttributeError.*'has_rsample' of 'Independent'"),
+        (
+            dist.TransformedDistribution,
+            r"log_prob of TransformedDistribution\(d, AffineTransform\(\)\) at 0.5: expected",
+        ),
+    ],
+)
+def test_stock_wrappers_are_caught(monkeypatch: pytest.MonkeyPatch, wrapper: Any, message: str) -> None:
+    monkeypatch.delitem(stock_wrappers._ANSWERS, wrapper)
+    with pytest.raises(AssertionError, match=rf"(?s)^check_distribution\(HardConcrete.*\): .*{message}"):
+        check_distribution(HardConcrete(positive(3, 1), real(2)))
+
+
+class NanIsAPointInside(HardConcrete):
+    """What a comparison makes of it."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(torch.where(value.isnan(), 0.5, value))
+
+
+class NanIsLarge(HardConcrete):
+    def cdf(self, value: Tensor) -> Tensor:
+        return super().cdf(value.nan_to_num(nan=1.0))
+
+
+class TemperatureKeepsItsDtype(HardConcrete):
+    """As by torch's own broadcasting."""
+
+    def __init__(self, temperature: Tensor, logits: Tensor, **kwargs: Any) -> None:
+        super().__init__(temperature, logits, **kwargs)
+        self.temperature, _ = torch.broadcast_tensors(temperature, logits)
+
+
+class StretchKeepsItsDtype(HardConcrete):
+    def __init__(self, temperature: Tensor, logits: Tensor) -> None:
+        super().__init__(temperature, logits)
+        self.low = torch.tensor(-0.1, dtype=torch.float64)
+
+
+class TemperatureWidensDraws(GumbelSoftmaxST):
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        hard = super().rsample(sample_shape)
+        soft = (self.logits / self.temperature.unsqueeze(-1)).softmax(-1)
+        return hard + (soft - soft.detach())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: NanIsAPointInside(positive(3, 1), real(2)), "log_prob of NaN, validation off: expected NaN"),
+        (lambda: NanIsLarge(positive(3, 1), real(2)), "cdf of NaN, validation off: expected NaN"),
+        (lambda: TemperatureKeepsItsDtype(torch.tensor(0.5), real(2).float()), "dtype of the parameters: expected one"),
+        (
+            lambda: StretchKeepsItsDtype(torch.tensor(0.5), real(2).float()),
+            "dtype of log_prob after expand: expected torch.float32",
+        ),
+        (
+            lambda: TemperatureWidensDraws(torch.tensor(0.5), logits=real(3).float()),
+            "dtype of .*expected torch.float32",
+        ),
+    ],
+)
+def test_nan_and_dtypes_are_caught(make: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)^check_distribution\(.*\): .*{message}"):
+        check_distribution(make())
+
+
+def test_other_dtypes_beside_the_main_parameter_pass() -> None:
+    check_distribution(HardConcrete(torch.tensor(0.5), real(2).float().detach().requires_grad_(), torch.tensor(-0.2)))
