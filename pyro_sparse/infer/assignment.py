@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_sparse.estimators import Baseline, Estimator, Exact, MovingAverage, ScoreFunction
 from pyro_sparse.estimators.base import Site
+from pyro_sparse.infer.refusals import refuse_guide_messenger
 
 Given = Estimator | Baseline | None
 PARAM_PREFIX = "pyro_sparse.estimators"
@@ -35,6 +36,7 @@ def config_estimators(
     """
     if guide is None:
         return lambda guide: config_estimators(guide, default, **sites)
+    refuse_guide_messenger("config_estimators", guide)
 
     def config(msg: Any) -> dict[str, Any]:
         estimator = sites.get(msg["name"], None if _is_reparameterized(msg) else default)

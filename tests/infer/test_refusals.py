@@ -13,7 +13,8 @@ from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.infer.autoguide.effect import AutoMessenger, GuideMessenger
 
 from pyro_sparse.diagnostics import gradient_report
-from pyro_sparse.infer import SparseEnumELBO
+from pyro_sparse.estimators import Exact
+from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO, config_estimators
 from pyro_sparse.infer.exact import EnumeratedELBO, exact_gradient
 from pyro_sparse.infer.score_function import ScoreFunctionELBO
 
@@ -38,6 +39,8 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
     "EnumeratedELBO": lambda guide: EnumeratedELBO().loss(model, guide),
     "ScoreFunctionELBO": lambda guide: ScoreFunctionELBO().loss_and_grads(model, guide),
     "exact_gradient": lambda guide: exact_gradient(model, guide, parameters=[torch.zeros(1, requires_grad=True)]),
+    "EstimatorELBO": lambda guide: EstimatorELBO(Exact()).loss(model, guide),
+    "config_estimators": lambda guide: config_estimators(guide, Exact()),
     "gradient_report": lambda guide: gradient_report(model, guide, estimators={"enum": EnumeratedELBO()}),
 }
 
