@@ -52,11 +52,13 @@ class Site:
 
     Attributes:
         name: the site's name.
-        fn: the guide's distribution, its batch shape that of the plates (and of the particles and slots upstream).
+        fn: what the guide's site is drawn from, without the masks that lie on its log-probability; its batch shape that
+            of the plates (and of the particles and slots upstream). At a site with slots it has all dims to the right
+            of these, of size one where nothing varies, as its costs do.
         plates: the data plates around it, outermost first.
         args, kwargs: the arguments of model and guide.
         log_prob: :math:`\log q(z)` at the values that were drawn, attached to the guide's parameters, with the shape of
-            the cost. Zero while values are being drawn.
+            the cost, and without a mask. Zero while values are being drawn.
         value: what was drawn, ``(*batch_shape, *event_shape)``, or all slots.
         slots: what :meth:`Estimator.draw` returned; here too the slot dim is in front of all others.
         options: the site's ``infer["baseline"]``, for Pyro's own baselines.

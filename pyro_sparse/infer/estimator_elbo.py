@@ -49,6 +49,10 @@ class EstimatorELBO(ELBO, nn.Module):
     enumerated. An estimator with parameters or buffers that serves several sites is copied for each at the first run,
     so make torch optimisers after it.
 
+    A factor or an observed site of the guide with ``has_rsample=False`` is the log-density of what the guide drew
+    outside of its sample statements, if its value depends on such a draw (dropout apart): then it has a score function,
+    with the baseline that its name or ``"*"`` is given. Else it is a cost with a derivative of its own.
+
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
     **Extra model evaluations:** those of the estimators. **Needs from the guide:** what the estimators need.
@@ -58,11 +62,12 @@ class EstimatorELBO(ELBO, nn.Module):
     Args:
         estimator: one :class:`~pyro_sparse.estimators.Estimator` for all sites, or ``{"site": e, "*": e}``.
         analytic_kl: uses closed-form KL divergences where torch has them; at sites with ``StraightThrough`` they are
-            used in any case. Guide and model must have their sites in the same order; a KL stays in the cost of the
-            sites before it.
+            used in any case. They are taken only where the same scale and mask lie on both sites; elsewhere both are
+            drawn. Guide and model must have their sites in the same order; a KL stays in the cost of the sites before
+            it.
         costs: ``"plates"``: a site's cost is every term of its plate elements, always right. ``"graph"``: only the
-            terms that depend on its draw, found by provenance once for each structure of the program and checked by
-            drawing again.
+            terms that depend on its draw. At each step the operations of the program are watched for that, which takes
+            time: about half of what :class:`~pyro.infer.TraceGraph_ELBO` takes, several times that of ``"plates"``.
         kwargs: every keyword of :class:`pyro.infer.ELBO` but ``jit_options``.
 
     Raises:
