@@ -1,11 +1,18 @@
-"""What torch's autograd graph tells; torch only."""
+"""
+What torch's autograd graph tells, and derivatives of higher order where the first is given by hand; torch only.
+
+torch's own ``once_differentiable`` does not do for the latter: what it returns is a constant to ``autograd.grad``, so
+that a second derivative is silently wrong; only ``.backward()`` finds the error that it has planted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 def graph_leaves(nodes: Iterable[Any]) -> Iterator[Tensor]:
@@ -19,3 +26,101 @@ def graph_leaves(nodes: Iterable[Any]) -> Iterator[Tensor]:
         if (leaf := getattr(node, "variable", None)) is not None:  # here autograd accumulates a leaf's gradient
             yield leaf
         todo += [parent for parent, _ in node.next_functions]
+
+
+def is_tracing() -> bool:
+    """Whether values cannot be looked at: under ``torch.compile``, ``torch.jit.trace`` and ``torch.func``."""
+    # torch.func has no public way to ask; torch.autograd.Function asks it this way as well.
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+# Each function goes through handle_torch_function: TraceGraph_ELBO follows dependencies by tensors of a class of its
+# own, which an autograd.Function does not see.
+
+
+def differentiable_once(x: Tensor, message: str) -> Tensor:
+    """
+    The same tensor, whose derivative can be taken, but not differentiated again by what the tensor depends on.
+
+    That raises ``RuntimeError`` with this message, under ``autograd.grad``, ``functional.hessian`` and ``.backward()``
+    alike. By what comes after the tensor it can: a derivative is linear in what is passed back to it.
+    """
+    if has_torch_function((x,)):
+        once: Tensor = handle_torch_function(differentiable_once, (x,), x, message)
+        return once
+    once = _Once.apply(x, message)
+    return once
+
+
+def underivable(x: Tensor, message: str) -> Tensor:
+    """Zeros that depend on a tensor, as far as autograd knows: who differentiates by it gets this ``RuntimeError``."""
+    zeros: Tensor = _Underivable.apply(x, message)
+    return zeros
+
+
+def only_again(zero: Tensor) -> Tensor:
+    """
+    A zero that has a derivative, itself zero, whose own derivative is not: what corrects a second derivative. It costs
+    nothing where the first is all that is asked for.
+    """
+    if has_torch_function((zero,)):
+        again: Tensor = handle_torch_function(only_again, (zero,), zero)
+        return again
+    again = _OnlyAgain.apply(zero)
+    return again
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, message: str) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        x, ctx.message = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # the derivative will be differentiated
+            (x,) = ctx.saved_tensors
+            grad = grad + underivable(x, ctx.message)
+        return grad, None
+
+
+class _Underivable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, message: str) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.message = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+        raise RuntimeError(ctx.message)
+
+
+class _OnlyAgain(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(zero: Tensor) -> Tensor:
+        return torch.zeros_like(zero)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        return grad if torch.is_grad_enabled() else None

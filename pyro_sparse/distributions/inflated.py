@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, Uniform, constraints
+from torch.distributions import Beta, Distribution, Uniform, constraints
 
+from pyro_sparse._autograd import differentiable_once
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
-from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf, implicit
+from pyro_sparse.distributions.implicit import implicit
+from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf
 from pyro_sparse.distributions.quadrature import Stretch, nearly_none
+
+_ONCE = (
+    "Beta slab: expected a draw to be differentiated once, got a derivative of its derivative, which torch does not "
+    "have. Use dist.Kumaraswamy."
+)
 
 
 class InflatedDistribution(MixedDistribution):
@@ -71,7 +78,12 @@ class InflatedDistribution(MixedDistribution):
         if slab.has_rsample != self.slab.has_rsample:
             slab.has_rsample_(self.slab.has_rsample)  # expand forgets what was chosen for an instance
         size = shape[: len(shape) - len(self._batch_shape)]
-        return self._off_atoms(slab(size) if attached else slab.sample(size))
+        if not attached:
+            return self._off_atoms(slab.sample(size).detach())  # torch.jit.trace does not record no_grad
+        z = slab(size)
+        if isinstance(slab, Beta):
+            z = differentiable_once(z, _ONCE)
+        return self._off_atoms(z)
 
     def _off_atoms(self, z: Tensor) -> Tensor:
         """Moves a slab's draw that was rounded to an atom to the next number inside."""
@@ -93,11 +105,17 @@ class InflatedDistribution(MixedDistribution):
     def _pathwise(self, z: Tensor) -> Tensor:
         self._require_pathwise()
         inner = self._inside(z)
-        log_mass, below = self._log_tail(inner)
-        return implicit(z, self._is_inside(z), below, log_mass, self._log_density(inner))
+        below = self._is_below(inner)
+        return implicit(
+            z, inner, self._is_inside(z), below, lambda z: self._log_tail(z, below), self._log_density(inner)
+        )
 
-    def _log_tail(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-mass on one side of a point inside, and whether that side is below."""
+    def _is_below(self, z: Tensor) -> Tensor:
+        """On which side of a point inside its mass is counted."""
+        raise NotImplementedError
+
+    def _log_tail(self, z: Tensor, below: Tensor) -> Tensor:
+        """The log-mass on one side of a point inside."""
         raise NotImplementedError
 
     # Moments.
