@@ -8,6 +8,7 @@ that a second derivative is silently wrong; only ``.backward()`` finds the error
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +37,17 @@ def is_tracing() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
     )
+
+
+@contextmanager
+def not_traced() -> Iterator[None]:
+    """For what an ``autograd.Function`` computes: it is one call in a trace, which would have its operations, too."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 # Each function goes through handle_torch_function: TraceGraph_ELBO follows dependencies by tensors of a class of its
@@ -67,6 +79,8 @@ def only_again(zero: Tensor) -> Tensor:
     A zero that has a derivative, itself zero, whose own derivative is not: what corrects a second derivative. It costs
     nothing where the first is all that is asked for.
     """
+    if is_tracing():  # which may take None for an empty tensor
+        return zero
     if has_torch_function((zero,)):
         again: Tensor = handle_torch_function(only_again, (zero,), zero)
         return again

@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 import torch
+from pyro.distributions import Beta
 from torch import Size, Tensor
-from torch.distributions import Beta, Distribution, Uniform, constraints
+from torch.distributions import Distribution, Uniform, constraints
 
 from pyro_sparse._autograd import differentiable_once
 from pyro_sparse._numerics import entropy_terms
@@ -21,6 +22,16 @@ _ONCE = (
     "Beta slab: expected a draw to be differentiated once, got a derivative of its derivative, which torch does not "
     "have. Use dist.Kumaraswamy."
 )
+
+
+def _beta_draw(slab: Any, size: Size) -> Tensor:
+    """As torch's, with its gradient, whose own derivative torch takes for zero where it does not raise."""
+    x = slab._dirichlet.sample(size).detach()
+    parameters = torch.stack([slab.concentration1, slab.concentration0], -1)
+    given = parameters.detach().expand(x.shape)
+    by_own = torch._dirichlet_grad(x, given, given.sum(-1, keepdim=True).expand_as(x))
+    slope = by_own * torch.stack([x[..., 1], -x[..., 0]], -1)
+    return x[..., 0] + (slope * (differentiable_once(parameters, _ONCE) - parameters.detach())).sum(-1)
 
 
 class InflatedDistribution(MixedDistribution):
@@ -80,10 +91,7 @@ class InflatedDistribution(MixedDistribution):
         size = shape[: len(shape) - len(self._batch_shape)]
         if not attached:
             return self._off_atoms(slab.sample(size).detach())  # torch.jit.trace does not record no_grad
-        z = slab(size)
-        if isinstance(slab, Beta):
-            z = differentiable_once(z, _ONCE)
-        return self._off_atoms(z)
+        return self._off_atoms(_beta_draw(slab, size) if type(slab) is Beta and slab.has_rsample else slab(size))
 
     def _off_atoms(self, z: Tensor) -> Tensor:
         """Moves a slab's draw that was rounded to an atom to the next number inside."""

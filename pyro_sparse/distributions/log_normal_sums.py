@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sparse._autograd import not_traced
 from pyro_sparse._numerics import decaying_rule, panels
 from pyro_sparse.distributions.face_sums import Sums
 
@@ -76,7 +77,9 @@ class _Derivatives(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, m: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor]:
         ctx.n = n
-        this, following, *higher = _expectations(m, scale, n, 4 if any(ctx.needs_input_grad) else 2)
+        with not_traced():
+            values = _expectations(m, scale, n, 4 if any(ctx.needs_input_grad) else 2)
+        this, following, *higher = values  # here a trace must see where they come from
         ctx.save_for_backward(m, scale, following, *higher)
         return this, following
 
