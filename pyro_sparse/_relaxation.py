@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
+from pyro_sparse._autograd import differentiable_once
+
 Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
+_ONCE = (
+    "straight-through draw: expected to be differentiated once, got a derivative of its derivative by what it was "
+    "drawn from, which means nothing: the first one is pretended. Use an exact estimator, or a variable with a density."
+)
 JACOBIANS: tuple[Jacobian, ...] = get_args(Jacobian)
 
 
@@ -72,8 +78,8 @@ def one_hot_at_max(perturbed: Tensor) -> Tensor:
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of ``hard``, exactly, with the gradient of ``soft``."""
-    return hard + (soft - soft.detach())
+    """The value of ``hard``, exactly, with the gradient of ``soft``, which has no derivative of its own."""
+    return hard + (differentiable_once(soft, _ONCE) - soft.detach())
 
 
 def check_stand_in(owner: str, jacobian: Jacobian, num_draws: int) -> None:

@@ -111,7 +111,8 @@ class AffineMixed(Forwarding, TransformedDistribution):
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         with torch.no_grad():
-            return self.forward(self.base_dist.sample(sample_shape))
+            y = self.forward(self.base_dist.sample(sample_shape))
+        return y.detach()  # torch.jit.trace does not record no_grad
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         return self.forward(self.base_dist.rsample(sample_shape))

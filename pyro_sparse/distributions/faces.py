@@ -106,6 +106,9 @@ class FaceDistribution(TorchDistribution):
 
     def _differentiated(self, log_x: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """x - 1, :meth:`product_minus_one` of it, and its derivatives."""
+        if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
+            with torch.inference_mode(False):
+                return self._remade(self.like.clone())._differentiated(log_x.clone(), again)
         graph = again or (torch.is_grad_enabled() and (log_x.requires_grad or self.like.requires_grad))
         with torch.enable_grad():
             x_less = torch.expm1(log_x)

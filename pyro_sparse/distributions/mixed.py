@@ -19,9 +19,7 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
-from torch.overrides import handle_torch_function, has_torch_function
 
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse.distributions.constraints import has_atoms, interior_point, mixed_unit_interval, nan_where
@@ -48,7 +46,7 @@ class MixedDistribution(MixedBase):
     ========================== ======================================================= ==============================
 
     ``TraceMeanField_ELBO`` refuses the default form while Pyro's validation is on, and loses its score part with
-    validation off. Draws are differentiable once.
+    validation off.
 
     Pyro's ``TransformedDistribution`` by an ``AffineTransform``, such as a percentage, moves the atoms and scales the
     density; it refuses all other maps, whose Jacobian would be taken of the atoms too.
@@ -217,53 +215,6 @@ class MixedDistribution(MixedBase):
         for i, atom in enumerate(self._atoms):
             z = torch.where(stratum == i, atom, z)
         return z
-
-
-class _ImplicitDraw(torch.autograd.Function):
-    r"""
-    A draw whose dependence on the parameters is given by :math:`M(z(\theta), \theta)` being constant.
-
-    .. math:: \frac{dz}{d\theta} = -\frac{\partial_\theta M}{\partial_z M}
-       = \mp \frac{M}{f}\, \partial_\theta \log M,
-
-    M the mass below the draw (:math:`\partial_z M = f`) or above it (:math:`\partial_z M = -f`). M. Figurnov et al.,
-    *Implicit reparameterization gradients*, NeurIPS 2018, eq. 5.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, log_mass: Tensor, log_density: Tensor, sign: Tensor) -> Tensor:
-        # The exponent is masked first: where a draw has no gradient the ratio may be inf, and 0 * inf is NaN.
-        ctx.save_for_backward(sign * torch.where(sign == 0, 0.0, log_mass - log_density).exp())
-        return z.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return None, grad * slope, None, None
-
-
-def implicit(z: Tensor, inside: Tensor, below: Tensor, log_mass: Tensor, log_density: Tensor) -> Tensor:
-    """
-    Gives draws the gradient that keeps their log-mass constant.
-
-    Args:
-        z: draws.
-        inside: where they have a gradient.
-        below: where ``log_mass`` is of what lies below the draw; elsewhere of what lies above.
-        log_mass: finite throughout.
-        log_density: at the draw, normalised as the mass is.
-    """
-    sign = torch.where(inside, torch.where(below, -1.0, 1.0), 0.0).to(z.dtype)
-    z, log_mass, log_density, sign = torch.broadcast_tensors(z, log_mass, log_density.detach(), sign)
-    return _draw_implicitly(z, log_mass, log_density, sign)
-
-
-def _draw_implicitly(*args: Tensor) -> Tensor:
-    # TraceGraph_ELBO follows dependencies by tensors of a class of its own, which an autograd.Function does not see.
-    if has_torch_function(args):
-        return handle_torch_function(_draw_implicitly, args, *args)
-    return _ImplicitDraw.apply(*args)
 
 
 def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, expected: str, fix: str) -> None:

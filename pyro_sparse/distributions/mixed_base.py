@@ -47,12 +47,14 @@ class MixedBase(TorchDistribution):
 
     def _stratified(self, shape: Size) -> Tensor:
         """A draw of this full shape with the gradient that ``score_parts`` leaves to it: none."""
+        return self._undifferentiated(shape)
+
+    def _undifferentiated(self, shape: Size) -> Tensor:
         with torch.no_grad():
-            return self._draw(shape)
+            return self._draw(shape).detach()  # torch.jit.trace does not record no_grad
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(self._extended_shape(Size(sample_shape)))
+        return self._undifferentiated(self._extended_shape(Size(sample_shape)))
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """A purely pathwise draw, whatever ``has_rsample`` says; see the class for when it is right."""

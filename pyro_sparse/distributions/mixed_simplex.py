@@ -86,17 +86,13 @@ class MixedSimplex(MixedBase):
 
     # Draws.
 
-    def _point(self, shape: Size, attached: bool) -> Tensor:
-        size = shape[: len(shape) - len(self._batch_shape) - 1]
-        faces = self.faces.expand(self._batch_shape).sample(size)
-        with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
-            return self.within.at(faces).rsample()
-
     def _draw(self, shape: Size) -> Tensor:
-        return self._point(shape, attached=False)
+        return self._stratified(shape)
 
     def _stratified(self, shape: Size) -> Tensor:
-        return self._point(shape, attached=True)
+        size = shape[: len(shape) - len(self._batch_shape) - 1]
+        faces = self.faces.expand(self._batch_shape).sample(size)
+        return self.within.at(faces).rsample()
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__}.rsample: {_NO_RSAMPLE}")

@@ -65,7 +65,7 @@ class _StraightThrough:
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """What :meth:`rsample` gives, without its gradient."""
         with torch.no_grad():
-            return self.rsample(sample_shape)
+            return self.rsample(sample_shape).detach()  # torch.jit.trace does not record no_grad
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draws, exactly discrete, with the gradient of their stand-ins."""

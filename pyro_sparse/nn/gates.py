@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pyro_sparse._autograd import underivable
 from pyro_sparse.distributions import HardConcrete
 
 PointKind = Literal["l0", "mean", "median", "mode"]
@@ -141,6 +142,12 @@ class HardConcreteGate(nn.Module):
         return f"{tuple(self.logits.shape)}, {options}, per_example={self.per_example}, kind={self.kind!r}"
 
 
+_ONCE = (
+    "HardConcreteGate: expected logits within max_logit for a second derivative, got some beyond, where the first is "
+    "pretended. Clamp the parameter, or raise max_logit."
+)
+
+
 class _Bounded(torch.autograd.Function):
     """A clamp to [-bound, bound] with the gradient of the identity, except where descent would lead farther out."""
 
@@ -154,4 +161,7 @@ class _Bounded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         outward = ((logits > ctx.bound) & (grad < 0)) | ((logits < -ctx.bound) & (grad > 0))
+        beyond = (logits.abs() > ctx.bound) & ~outward
+        if torch.is_grad_enabled() and beyond.any():
+            grad = grad + underivable(logits, _ONCE)
         return grad.masked_fill(outward, 0.0), None

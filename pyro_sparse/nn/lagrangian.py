@@ -93,8 +93,7 @@ class ConstraintLagrangian(nn.Module):
             )
         excess, multiplier = value - self.target, self.multiplier.clone()  # the buffer is about to change
         if self.training:
-            with torch.no_grad():
-                self.multiplier.copy_(self._signed(multiplier + self.rate * excess))
+            self.multiplier.copy_(self._signed(multiplier + self.rate * excess.detach()))
         if self.damping == 0:
             return multiplier * excess
         push = self._signed(multiplier + self.damping * excess)

@@ -13,6 +13,7 @@ from torch import Size, Tensor
 from torch.distributions import Independent
 
 from pyro_sparse.distributions import MixedDistribution
+from pyro_sparse.testing import derivatives
 from pyro_sparse.testing import mixed_distributions as mixed
 from pyro_sparse.testing import stock_forms as stock
 from pyro_sparse.testing.properties import leaves, offered, require, same
@@ -28,7 +29,9 @@ def check_distribution(d: TorchDistributionMixin) -> None:
     every distribution        shapes of samples, log_prob, entropy and moments; samples lie in the support; parameters
                               meet their constraints; log_prob broadcasts; expand; mask and to_event in either order,
                               by method and by constructor; pickle and deepcopy; repr; one dtype of parameters, draws
-                              and results; finite gradients; NaN in, NaN out of log_prob and cdf
+                              and results; finite gradients; NaN in, NaN out of log_prob and cdf; values and gradients
+                              under ``torch.jit.trace``, ``no_grad`` and ``inference_mode``; second derivatives, in
+                              float64, by finite differences of the gradient, where torch does not refuse them
     has_rsample               shape of rsample; it carries gradients
     has_enumerate_support     shapes of enumerate_support; :math:`\sum_z p(z) = 1`; entropy, mean, variance and mode
                               against sums over all :math:`z`
@@ -82,6 +85,8 @@ def check_distribution(d: TorchDistributionMixin) -> None:
                 _run(check, instance, f"check_distribution({type(d).__name__}{how})")
         if isinstance(d, MixedDistribution):
             _run(mixed.draws, d, f"check_distribution({type(d).__name__})")
+        for check in (derivatives.traced, derivatives.second_derivatives):
+            _run(check, d, f"check_distribution({type(d).__name__})")
 
 
 def _checks_for(d: TorchDistributionMixin) -> Iterator[Check]:
