@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import graph_leaves
+from pyro_sparse._precision import widened
 from pyro_sparse.estimators.base import Baseline, Plate, Site
 
 
@@ -48,6 +49,7 @@ class MovingAverage(Baseline):
         return self.mean[self._rows(plate)].reshape(site.batch_shape), 0.0
 
     def update(self, cost: Tensor, site: Site) -> None:
+        cost = widened(cost)
         if self.num_data is None:
             self.weight.mul_(self.beta).add_(1.0)
             self.mean.lerp_(cost.mean().to(self.mean), self.weight.reciprocal())
@@ -188,7 +190,7 @@ class Scaled(Baseline):
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         value, loss = self.baseline(cost, site)
-        site.memo[self] = value = value.detach()
+        site.memo[self] = value = widened(value.detach())
         mean, center, covariance, variance = self.moments
         # A constant's variance is that of rounding, and its covariance too: their ratio would be noise.
         varies = variance > (100 * torch.finfo(value.dtype).eps * center).square()
@@ -196,7 +198,7 @@ class Scaled(Baseline):
         return torch.where(varies, mean + slope * (value - center), value), loss
 
     def update(self, cost: Tensor, site: Site) -> None:
-        value = site.memo[self].expand_as(cost)
+        cost, value = widened(cost), site.memo[self].expand_as(cost)
         weight = self.beta * self.weight + (1 - self.beta)
         rate = (1 - self.beta) / weight
         f, b = cost.mean(), value.mean()
@@ -228,7 +230,7 @@ class Sum(Baseline):
 
     def update(self, cost: Tensor, site: Site) -> None:
         self.first.update(cost, site)
-        self.second.update(cost - site.memo[self], site)
+        self.second.update(widened(cost) - site.memo[self], site)
 
 
 def network_input(owner: str, site: Site, inputs: Callable[..., Any] | None) -> Any:

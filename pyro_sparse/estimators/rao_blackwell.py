@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_sparse._precision import multinomial, widened
 from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes, take_outcomes
 
 
@@ -52,7 +53,7 @@ class RaoBlackwell(Estimator):
         require_outcomes("RaoBlackwell", site)
         with torch.no_grad():
             outcomes = site.fn.enumerate_support(expand=True)
-            log_q = site.fn.log_prob(outcomes)
+            log_q = widened(site.fn.log_prob(outcomes))
             k = self._count(log_q)
             top, where_top = log_q.topk(k, 0)
             if k == len(outcomes):
@@ -62,7 +63,7 @@ class RaoBlackwell(Estimator):
             mass = tail.sum(0)
             # A row without a tail draws from all of q: its draws have weight zero.
             rows = torch.where(mass > 0, tail, probs).movedim(0, -1)
-            drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.tail_samples, replacement=True)
+            drawn = multinomial(rows.reshape(-1, len(outcomes)), self.tail_samples, replacement=True)
             drawn = drawn.reshape((*rows.shape[:-1], self.tail_samples)).movedim(-1, 0)
             weight = (mass / self.tail_samples).log().expand(drawn.shape)
             return Slots(take_outcomes(outcomes, torch.cat([where_top, drawn])), torch.cat([top, weight]), k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_sparse._precision import multinomial, widened
 from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes, take_outcomes
 from pyro_sparse.estimators.score_function import check_count
 
@@ -48,9 +49,9 @@ class UnorderedSet(Estimator):
                     f"UnorderedSet, site '{site.name}': expected k of at most {len(outcomes)}, the number of outcomes, "
                     f"got {self.k}. Lower it, or use Exact()."
                 )
-            probs = site.fn.log_prob(outcomes).exp()
+            probs = widened(site.fn.log_prob(outcomes)).exp()
             rows = probs.movedim(0, -1)
-            drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.k)  # without replacement
+            drawn = multinomial(rows.reshape(-1, len(outcomes)), self.k)  # without replacement
             drawn = drawn.reshape(*rows.shape[:-1], self.k).movedim(-1, 0)
             own = probs.gather(0, drawn)
             completed = self._completed(own, probs.scatter(0, drawn, 0.0).sum(0))
