@@ -11,7 +11,10 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Uniform, constraints
 
 from pyro_sparse._numerics import entropy_terms
+from pyro_sparse._precision import widened
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
+from pyro_sparse.distributions.half_precision import HalfPrecision, in_float32
+from pyro_sparse.distributions.kumaraswamy import Kumaraswamy
 from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf, implicit
 from pyro_sparse.distributions.quadrature import Stretch, nearly_none
 
@@ -25,6 +28,8 @@ class InflatedDistribution(MixedDistribution):
     """
 
     slab: Any
+    #: logits or probabilities of the strata
+    _given: Tensor
 
     @property
     def _stretch(self) -> Stretch:
@@ -32,8 +37,16 @@ class InflatedDistribution(MixedDistribution):
 
     def __init__(self, slab: Any, batch_shape: Size, like: Tensor, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "slab", slab)
-        self.slab = slab
+        self.slab = Kumaraswamy.of(slab)
+        if not isinstance(slab, HalfPrecision):
+            # It is in float32 at least, so that all is.
+            self._given, like = widened(self._given), widened(like)
         super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), like, validate_args)
+
+    def widened(self) -> Any:
+        new = super().widened()
+        new.slab = in_float32(self.slab)
+        return new
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
@@ -72,10 +85,6 @@ class InflatedDistribution(MixedDistribution):
             slab.has_rsample_(self.slab.has_rsample)  # expand forgets what was chosen for an instance
         size = shape[: len(shape) - len(self._batch_shape)]
         return self._off_atoms(slab(size) if attached else slab.sample(size))
-
-    def _off_atoms(self, z: Tensor) -> Tensor:
-        """Moves a slab's draw that was rounded to an atom to the next number inside."""
-        return z
 
     def _strata(self, shape: Size) -> Tensor:
         """Numbers of the strata, the inside last."""

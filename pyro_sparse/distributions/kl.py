@@ -18,6 +18,7 @@ from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
 from pyro_sparse._numerics import safe_log
+from pyro_sparse._precision import widened
 from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.projected import ProjectedDistribution
@@ -58,7 +59,8 @@ def kl_bits(p: Bernoulli, q: Bernoulli) -> Tensor:
     """Of two Bernoulli distributions. torch's own is inf where the probabilities of q are rounded to 0 or 1."""
     if "probs" in p.__dict__ or "probs" in q.__dict__:  # there may be exact zeros
         return _kl(exact_logits(p).softmax(-1), exact_logits(q).log_softmax(-1))
-    return p.logits.sigmoid() * (p.logits - q.logits) + logsigmoid(-p.logits) - logsigmoid(-q.logits)
+    a, b = widened(p.logits), widened(q.logits)
+    return a.sigmoid() * (a - b) + logsigmoid(-a) - logsigmoid(-b)
 
 
 def _kl(p_probs: Tensor, log_q: Tensor) -> Tensor:

@@ -8,23 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.constraints import interior_point
-from pyro_sparse.distributions.mixed import cdf_anywhere, check_univariate, has_cdf
+from pyro_sparse.distributions.kumaraswamy import Kumaraswamy
+from pyro_sparse.distributions.mixed import cdf_anywhere, check_univariate, first_tensor, has_cdf
 from pyro_sparse.distributions.rectified import RectifiedDistribution
 from pyro_sparse.distributions.stretched import check_stretch, log_width, stretched_shape
-
-
-def _first_tensor(d: Any) -> Tensor:
-    """Some parameter, which knows the dtype and the device."""
-    for value in vars(d).values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach()
-        if isinstance(value, Distribution):
-            return _first_tensor(value)
-    raise ValueError(f"{type(d).__name__}: expected a distribution with a parameter, got none. Give it tensors.")
 
 
 class StretchedRectified(RectifiedDistribution):
@@ -97,9 +88,13 @@ class StretchedRectified(RectifiedDistribution):
                 f"{type(self).__name__}.base: expected a distribution with a cdf, got {type(base).__name__}. "
                 "Use one that torch can integrate, e.g. Normal, Laplace, Uniform, Kumaraswamy or a mixture of them."
             )
-        self.base_dist, self.low, self.high = base, low, high
-        shape = stretched_shape(base.batch_shape, low, high)
-        super().__init__(shape, _first_tensor(base), nodes, validate_args)
+        like = first_tensor(base)
+        if like is None:
+            raise ValueError(
+                f"{type(base).__name__}: expected a distribution with a parameter, got none. Give it tensors."
+            )
+        self.base_dist, self.low, self.high = Kumaraswamy.of(base), low, high
+        super().__init__(stretched_shape(base.batch_shape, low, high), like, nodes, validate_args)
 
     def _of_base(self, z: Tensor) -> Tensor:
         return (z - self.low) / (self.high - self.low)

@@ -109,10 +109,6 @@ class ZeroOneInflated(InflatedDistribution):
     def _log_weights(self) -> tuple[Tensor, ...]:
         return self.logits.unbind(-1)
 
-    def _off_atoms(self, z: Tensor) -> Tensor:
-        info = torch.finfo(z.dtype)
-        return z.clamp(info.tiny, 1 - info.eps / 2)
-
     def _log_tail(self, z: Tensor) -> tuple[Tensor, Tensor]:
         zero, one, inside = (p for p in self.probs.unbind(-1))
         cdf = self._slab_cdf(z)
