@@ -13,12 +13,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_sparse.distributions.constraints import face, on_simplex_only
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed_base import check_expand
 
 MAX_ENUMERABLE = 12  # vertices: 4095 faces
 
 
-class FaceDistribution(TorchDistribution):
+class FaceDistribution(HalfPrecision, TorchDistribution):
     """
     What the families share. One has ``num_classes`` vertices and one parameter, :attr:`like`; :meth:`log_mass`,
     :meth:`sample`, :meth:`entropy`, :attr:`marginals`, :attr:`mode` and :attr:`size_log_probs`.
@@ -62,6 +63,15 @@ class FaceDistribution(TorchDistribution):
         """A view with a larger batch shape."""
         batch_shape = check_expand(type(self).__name__, self.batch_shape, batch_shape)
         new = self._remade(self.like.expand(batch_shape + self.like.shape[len(self.batch_shape) :]))
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def widened(self) -> FaceDistribution:
+        new = self._remade(self.like.float())
         new._validate_args = self._validate_args
         return new
 

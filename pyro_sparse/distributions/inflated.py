@@ -13,8 +13,11 @@ from torch.distributions import Distribution, Uniform, constraints
 
 from pyro_sparse._autograd import differentiable_once
 from pyro_sparse._numerics import entropy_terms
+from pyro_sparse._precision import widened
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
+from pyro_sparse.distributions.half_precision import HalfPrecision, in_float32
 from pyro_sparse.distributions.implicit import implicit
+from pyro_sparse.distributions.kumaraswamy import Kumaraswamy
 from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf
 from pyro_sparse.distributions.parameters import aligned, first_tensor
 from pyro_sparse.distributions.quadrature import Stretch, nearly_none
@@ -44,7 +47,7 @@ class InflatedDistribution(MixedDistribution):
     """
 
     slab: Any
-    #: the logits or probabilities
+    #: logits or probabilities of the strata
     _given: Tensor
 
     @property
@@ -53,9 +56,15 @@ class InflatedDistribution(MixedDistribution):
 
     def __init__(self, slab: Any, batch_shape: Size, given: Tensor, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "slab", slab)
-        self.slab = slab
+        self.slab = Kumaraswamy.of(slab)
+        given = given if isinstance(slab, HalfPrecision) else widened(given)  # in float32 at least, as such a slab is
         (self._given,) = aligned(type(self).__name__, first_tensor(slab), given=given)  # draws are the slab's
         super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), self._given, validate_args)
+
+    def widened(self) -> Any:
+        new = super().widened()
+        new.slab = in_float32(self.slab)
+        return new
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
@@ -96,10 +105,6 @@ class InflatedDistribution(MixedDistribution):
         if not attached:
             return self._off_atoms(slab.sample(size).detach())  # torch.jit.trace does not record no_grad
         return self._off_atoms(_beta_draw(slab, size) if type(slab) is Beta and slab.has_rsample else slab(size))
-
-    def _off_atoms(self, z: Tensor) -> Tensor:
-        """Moves a slab's draw that was rounded to an atom to the next number inside."""
-        return z
 
     def _strata(self, shape: Size) -> Tensor:
         """Numbers of the strata, the inside last."""

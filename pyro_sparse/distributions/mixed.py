@@ -22,8 +22,11 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from pyro_sparse._numerics import entropy_terms
+from pyro_sparse._precision import HALF, widened
 from pyro_sparse.distributions.constraints import has_atoms, interior_point, mixed_unit_interval, nan_where
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed_base import MixedBase
+from pyro_sparse.distributions.parameters import first_tensor
 from pyro_sparse.distributions.quadrature import Stretch
 
 
@@ -63,6 +66,18 @@ class MixedDistribution(MixedBase):
         super().__init__(batch_shape, Size(), validate_args)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._zero.dtype
+
+    def widened(self) -> Any:
+        new = super().widened()
+        new._zero = widened(self._zero)
+        return new
+
+    def _rounded(self, draw: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._off_atoms(draw.to(dtype), self._is_inside(draw))
+
+    @property
     def _stretch(self) -> Stretch:
         """Beyond which points outside of [0, 1] the density is singular; None if nowhere near."""
         return None
@@ -86,6 +101,19 @@ class MixedDistribution(MixedBase):
     def _inside_score(self, z: Tensor, log_inside: Tensor) -> Tensor:
         """What of the inside :meth:`_stratified` leaves to the score function: its probability, by default."""
         return log_inside
+
+    def _off_atoms(self, z: Tensor, inside: Tensor | None = None) -> Tensor:
+        """Moves what is known to be inside (all, by default) and was rounded to an atom to the next number inside."""
+        info = torch.finfo(z.dtype)
+        for atom in self._atoms:
+            if atom:
+                moved, near = z == atom, z.new_tensor(1 - info.eps / 2)
+            else:  # from subnormal numbers, too, which may overflow in a density
+                moved, tiny = z.abs() < info.tiny, z.new_tensor(info.tiny)
+                near = torch.where((z < 0) | ~self.support.check(tiny), -tiny, tiny)
+            moved = moved if inside is None else moved & inside
+            z = torch.where(moved, z + (near - z).detach(), z)  # it keeps its gradient
+        return z
 
     # Densities.
 
@@ -267,4 +295,10 @@ def check_univariate(owner: str, name: str, d: Any) -> None:
         raise ValueError(
             f"{owner}.{name}: expected a continuous distribution, got {type(d).__name__}, which has atoms. "
             "Use one with a density, e.g. Normal or Beta."
+        )
+    like = first_tensor(d)
+    if like is not None and like.dtype in HALF and not isinstance(d, HalfPrecision):
+        raise TypeError(
+            f"{owner}.{name}: expected parameters in float32 or float64, got {type(d).__name__} in {like.dtype}, in "
+            "which its draws and densities are not right. Give it parameters with .float()."
         )

@@ -75,7 +75,11 @@ class RectifiedDistribution(MixedDistribution):
         return u.clamp(info.tiny, 1 - info.eps)
 
     def _draw(self, shape: Size) -> Tensor:
-        return self._quantile(self._uniform(shape)).clamp(0.0, 1.0)
+        u, one = self._uniform(shape), self._zero + 1
+        z = self._off_atoms(self._quantile(u).clamp(0.0, 1.0))
+        # By probability, not by where z is: beside an end of a tight stretch many a draw is rounded to it.
+        z = torch.where(u <= self._log_cdf(self._zero).exp(), 0.0, z)
+        return torch.where(u > self._log_cdf(one).exp(), 1.0, z)
 
     def _pathwise(self, z: Tensor, u: Tensor | None = None) -> Tensor:
         """``u`` is the probability of which z is the quantile, where it may have a derivative."""

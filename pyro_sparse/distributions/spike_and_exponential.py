@@ -12,12 +12,13 @@ from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log1mexp, safe_log
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed import checked
 from pyro_sparse.distributions.parameters import aligned, check_floating
 from pyro_sparse.distributions.spike_and_slab import SpikeAndSlab
 
 
-class TruncatedExponential(TorchDistribution):
+class TruncatedExponential(HalfPrecision, TorchDistribution):
     r"""
     .. math:: f(\zeta) = \frac{\beta e^{\beta \zeta}}{e^{\beta} - 1}, \qquad \zeta \in [0, 1],
 
@@ -56,6 +57,13 @@ class TruncatedExponential(TorchDistribution):
         super(TruncatedExponential, new).__init__(new.rate.shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rate.dtype
+
+    def widened(self) -> TruncatedExponential:
+        return TruncatedExponential(self.rate.float(), validate_args=self._validate_args)
 
     def _log_norm(self) -> Tensor:
         r""":math:`\log \beta / (e^\beta - 1) = -\beta/2 + \log (x / \sinh x)` with :math:`x = \beta / 2`, even in x."""

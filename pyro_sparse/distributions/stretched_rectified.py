@@ -12,6 +12,8 @@ from torch.distributions import constraints
 
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.constraints import interior_point, nan_where
+from pyro_sparse.distributions.half_precision import in_float32
+from pyro_sparse.distributions.kumaraswamy import Kumaraswamy
 from pyro_sparse.distributions.mixed import cdf_anywhere, check_univariate, has_cdf
 from pyro_sparse.distributions.parameters import aligned, first_tensor
 from pyro_sparse.distributions.quadrature import Points
@@ -94,9 +96,14 @@ class StretchedRectified(RectifiedDistribution):
             raise ValueError(
                 f"{type(self).__name__}.base: expected a distribution with a parameter, got {base}. Give it tensors."
             )
-        self.base_dist = base
+        self.base_dist = Kumaraswamy.of(base)
         self.low, self.high = low, high = aligned(type(self).__name__, like, low=low, high=high)
         super().__init__(stretched_shape(base.batch_shape, low, high), like, nodes, validate_args)
+
+    def widened(self) -> Any:
+        new = super().widened()
+        new.base_dist = in_float32(self.base_dist)
+        return new
 
     # In float64 whatever the dtype: near its ends a base on [0, 1] sees a tight stretch by its last digits.
 

@@ -111,10 +111,6 @@ class ZeroOneInflated(InflatedDistribution):
     def _log_weights(self) -> tuple[Tensor, ...]:
         return self.logits.unbind(-1)
 
-    def _off_atoms(self, z: Tensor) -> Tensor:
-        info = torch.finfo(z.dtype)
-        return z.clamp(info.tiny, 1 - info.eps / 2)
-
     def _is_below(self, z: Tensor) -> Tensor:
         return z < 0.5
 

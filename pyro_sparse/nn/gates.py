@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import underivable
+from pyro_sparse._precision import widened
 from pyro_sparse.distributions import HardConcrete
 
 PointKind = Literal["l0", "mean", "median", "mode"]
@@ -119,8 +120,8 @@ class HardConcreteGate(nn.Module):
 
     @property
     def expected_l0(self) -> Tensor:
-        r""":math:`\sum_j P(z_j \ne 0)`, the expected number of open gates; a scalar."""
-        return self.distribution.prob_nonzero.sum()
+        r""":math:`\sum_j P(z_j \ne 0)`, the expected number of open gates; a scalar, in float32 at least."""
+        return widened(self.distribution.prob_nonzero).sum()
 
     def point_estimate(self) -> Tensor:
         """The gates' values in ``eval()`` mode, whatever the mode is; shape ``shape``."""
