@@ -49,6 +49,19 @@ def test_probabilities_below_the_rounding_of_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_what_underflows_in_half_precision_is_no_zero(dtype: torch.dtype) -> None:
+    logits = torch.tensor([0.0, -20.0, -100.0], dtype=dtype)
+    d = dist.Categorical(logits=logits)
+    assert d.probs[2] == 0 or dtype == torch.bfloat16  # now torch keeps them
+    torch.testing.assert_close(exact_logits(d).to(dtype), logits)
+
+
+def test_a_mask_in_bfloat16_is_a_zero() -> None:
+    logits = torch.tensor([0.0, torch.finfo(torch.bfloat16).min], dtype=torch.bfloat16)
+    assert exact_logits(dist.Categorical(logits=logits))[1] == -torch.inf
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_running_sums_stay_in_float32(dtype: torch.dtype) -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
