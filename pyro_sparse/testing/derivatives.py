@@ -71,12 +71,10 @@ def check_second_derivatives(made_of: Maker, tensors: list[Tensor]) -> None:
             got = _gradient(torch.as_tensor(along), tensors)
         except (RuntimeError, NotImplementedError):
             continue  # an error is as good as what is right
+        if not value.requires_grad:  # nor need it exist beside these parameters: a draw where a probability is zero
+            continue
         again = function
-        if (
-            name in ("d()", "rsample")
-            and value.requires_grad
-            and isinstance(_family(made_of(*tensors)), MixedDistribution)
-        ):
+        if name in ("d()", "rsample") and isinstance(_family(made_of(*tensors)), MixedDistribution):
             again = offered(partial(_following, made_of, value.detach(), tensors, step, name)) or function
         near, far = _difference(again, tensors, step, 1.0), _difference(again, tensors, step, 2.0)
         largest = 1 + max(float(x.detach().abs().max()) for x in gradient)
