@@ -456,7 +456,8 @@ class MemoOfTheBatch(LocalExpectation):
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         index = self.indices[site.name]
         log_probs = site.fn.log_prob(site.fn.enumerate_support(expand=False)).gather(0, index)
-        return (cost - cost[0]) * log_probs.detach().exp() * log_probs * (index != index[:1]), 0.0
+        own = log_probs.detach().exp() * log_probs * (index != index[:1])
+        return (cost - cost[0]) * own.reshape(own.shape[:1] + site.batch_shape), 0.0
 
 
 def test_a_memo_in_the_shape_of_the_batch_fails() -> None:

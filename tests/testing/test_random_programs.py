@@ -152,7 +152,7 @@ class MemoOfTheBatch(LocalExpectation):
         index = self.indices[site.name]
         log_probs = self._table(site)[1].gather(0, index)
         own = log_probs.detach().exp() * log_probs * (index != index[:1])
-        return (cost - cost[0]) * own, 0.0
+        return (cost - cost[0]) * own.reshape(own.shape[:1] + site.batch_shape), 0.0
 
     def _table(self, site: Site) -> tuple[Tensor, Tensor]:
         outcomes = site.fn.enumerate_support(expand=False)
