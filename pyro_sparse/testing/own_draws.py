@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from pyro_sparse._precision import HALF
 from pyro_sparse.distributions import MixedDistribution
+from pyro_sparse.distributions.half_precision import HalfPrecision, in_float32
 from pyro_sparse.testing.properties import leaves, offered, require
 
 #: standard errors by which two frequencies may differ; normal variables are beyond once in 10^9
@@ -29,7 +30,7 @@ def own_draws(d: TorchDistributionMixin, count: int) -> None:
     where = value[bad][:3] if bad.any() else value
     require(not bad.any(), f"log_prob of {count} own draws", "finite values", f"{log_prob[bad][:3]} at {where}")
     parameters = list(leaves(log_prob))
-    for gradient in torch.autograd.grad(log_prob.float().sum(), parameters) if parameters else ():
+    for gradient in torch.autograd.grad(log_prob.float().mean(), parameters) if parameters else ():
         require(gradient.isfinite().all(), f"gradient of log_prob of {count} own draws", "finite values", gradient)
 
 
@@ -71,6 +72,8 @@ def in_half(d: Any) -> bool:
 
 def _in_float32(d: Any) -> Any:
     """A copy with all its tensors in float32, and those of the distributions that it is made of."""
+    if isinstance(d, HalfPrecision):
+        return in_float32(d)  # it knows which of its tensors were made from others
     new = copy.copy(d)
     for name, value in vars(d).items():
         if isinstance(value, Tensor) and value.dtype in HALF:
