@@ -8,6 +8,7 @@ that a second derivative is silently wrong; only ``.backward()`` finds the error
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +45,27 @@ def reaches(values: Iterable[Tensor], target: Tensor) -> bool:
     return False
 
 
+def is_tracing() -> bool:
+    """Whether values cannot be looked at: under ``torch.compile``, ``torch.jit.trace`` and ``torch.func``."""
+    # torch.func has no public way to ask; torch.autograd.Function asks it this way as well.
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+@contextmanager
+def not_traced() -> Iterator[None]:
+    """For what an ``autograd.Function`` computes: it is one call in a trace, which would have its operations, too."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 # Each function goes through handle_torch_function: TraceGraph_ELBO follows dependencies by tensors of a class of its
 # own, which an autograd.Function does not see.
 
@@ -66,6 +88,20 @@ def underivable(x: Tensor, message: str) -> Tensor:
     """Zeros that depend on a tensor, as far as autograd knows: who differentiates by it gets this ``RuntimeError``."""
     zeros: Tensor = _Underivable.apply(x, message)
     return zeros
+
+
+def only_again(zero: Tensor) -> Tensor:
+    """
+    A zero that has a derivative, itself zero, whose own derivative is not: what corrects a second derivative. It costs
+    nothing where the first is all that is asked for.
+    """
+    if is_tracing():  # which may take None for an empty tensor
+        return zero
+    if has_torch_function((zero,)):
+        again: Tensor = handle_torch_function(only_again, (zero,), zero)
+        return again
+    again = _OnlyAgain.apply(zero)
+    return again
 
 
 class _Once(torch.autograd.Function):
@@ -102,3 +138,19 @@ class _Underivable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> NoReturn:
         raise RuntimeError(ctx.message)
+
+
+class _OnlyAgain(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(zero: Tensor) -> Tensor:
+        return torch.zeros_like(zero)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        return grad if torch.is_grad_enabled() else None

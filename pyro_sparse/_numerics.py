@@ -119,8 +119,7 @@ def decaying_rule(span: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     first = -3.5  # t is then the rounding of 1 in float64
     steps = torch.linspace(0, 1, count, dtype=span.dtype, device=span.device)
-    with torch.no_grad():
-        width = (span.log() - first).unsqueeze(-1)
-        y = first + steps * width
-        below = (-y).exp()
-        return (y - below).exp(), (1 + below) * (width / (count - 1))
+    width = (span.detach().log() - first).unsqueeze(-1)
+    y = first + steps * width
+    below = (-y).exp()
+    return (y - below).exp(), (1 + below) * (width / (count - 1))

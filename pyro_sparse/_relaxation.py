@@ -13,8 +13,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
+from torch.distributions.utils import probs_to_logits
+
+from pyro_sparse._autograd import differentiable_once
+from pyro_sparse._precision import HALF, widened
 
 Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
+_ONCE = (
+    "straight-through draw: expected to be differentiated once, got a derivative of its derivative by what it was "
+    "drawn from, which means nothing: the first one is pretended. Use an exact estimator, or a variable with a density."
+)
 JACOBIANS: tuple[Jacobian, ...] = get_args(Jacobian)
 
 
@@ -23,22 +31,29 @@ def exact_logits(d: Any) -> Tensor:
     The logits of a Bernoulli, Categorical or OneHotCategorical, ``(*batch, K)``, with -inf where it was made from a
     probability of zero: torch makes that a finite one. (A probability that merely underflows keeps its logit; a mask
     by the lowest number of the dtype, which arithmetic cannot be done with, is -inf.)
+
+    In float32 if ``d`` is in half precision, where torch's own have no probability below an ``eps`` of 0.008.
     """
-    bit = isinstance(d, Bernoulli)
-    logits = torch.stack([d.logits, torch.zeros_like(d.logits)], -1) if bit else d.logits
+    bit, given = isinstance(d, Bernoulli), getattr(d, "_categorical", d).__dict__
+    own = widened(d.logits)
+    if d.logits.dtype in HALF and d._param is given.get("probs"):
+        own = probs_to_logits(widened(d.probs), is_binary=bit)
+    logits = torch.stack([own, torch.zeros_like(own)], -1) if bit else own
     zero = logits < logits.amax(-1, keepdim=True) - math.sqrt(torch.finfo(logits.dtype).max)
-    if "probs" in getattr(d, "_categorical", d).__dict__:  # else it was made from logits, and nobody has asked for them
+    if "probs" in given:  # else it was made from logits, and nobody has asked for them
         if bit:
             by_logit = d.logits.sigmoid()
             zero |= torch.stack([(d.probs == 0) & (by_logit > 0), (d.probs == 1) & (by_logit < 1)], -1)
         else:
-            zero |= (d.probs == 0) & (logits.exp() > 0)
+            zero |= (d.probs == 0) & (d.logits.exp() > 0)
     return logits.masked_fill(zero, -math.inf)
 
 
 def gumbel_like(x: Tensor) -> Tensor:
-    """Standard Gumbel noise in the shape of x. (torch's exponential draws are never zero.)"""
-    return -torch.empty_like(x).exponential_().log()
+    """
+    Standard Gumbel noise in the shape of x; in float32 at least, where torch's exponential draws are never zero.
+    """
+    return -torch.empty_like(widened(x)).exponential_().log()
 
 
 def conditional_gumbels(log_probs: Tensor, hard: Tensor) -> Tensor:
@@ -72,8 +87,8 @@ def one_hot_at_max(perturbed: Tensor) -> Tensor:
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of ``hard``, exactly, with the gradient of ``soft``."""
-    return hard + (soft - soft.detach())
+    """The value of ``hard``, exactly, with the gradient of ``soft``, which has no derivative of its own."""
+    return hard + (differentiable_once(soft, _ONCE) - soft.detach())
 
 
 def check_stand_in(owner: str, jacobian: Jacobian, num_draws: int) -> None:
@@ -99,7 +114,9 @@ def draw_with_stand_in(
     ================== ================================================================================
 
     with :math:`p_\tau = \mathrm{softmax}(\theta / \tau)`. A temperature that is a tensor broadcasts to the batch shape.
+    Both are in float32 if the logits are in half precision: the caller casts them.
     """
+    logits = widened(logits)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.device, logits.dtype).unsqueeze(-1)
     noise = gumbel_like(logits.detach())

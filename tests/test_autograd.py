@@ -1,4 +1,4 @@
-"""Derivatives that may be taken once: whoever differentiates them again is told."""
+"""Derivatives that are given by hand have right second ones, or an error from every way to ask for one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.functional import hessian, hvp
 
-from pyro_sparse._autograd import differentiable_once
+from pyro_sparse._autograd import differentiable_once, only_again
 
 S = torch.tensor([0.3, -1.2, 0.8], dtype=torch.float64)
 
@@ -69,3 +69,29 @@ def test_torchs_own_once_differentiable_is_silent() -> None:
     s = S.clone().requires_grad_()
     (d,) = torch.autograd.grad(_Torchs.apply(plain(s)), s, create_graph=True)
     assert torch.autograd.grad(d.sum(), s)[0].isfinite().all()
+
+
+def test_by_what_comes_after_it_is_right() -> None:
+    x, w = (torch.tensor(v, requires_grad=True) for v in (0.3, 0.7))
+    (first,) = torch.autograd.grad((w * differentiable_once(x.square(), "told")).sin(), x, create_graph=True)
+    (mixed,) = torch.autograd.grad(first, w)
+    expected = hessian(lambda x, w: (w * x.square()).sin(), (x.detach(), w.detach()))
+    torch.testing.assert_close(mixed, expected[0][1])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates its own trace
+def test_in_a_trace() -> None:
+    s = S.clone().requires_grad_()
+    traced = torch.jit.trace(once, s, check_trace=False)
+    torch.testing.assert_close(torch.autograd.grad(traced(s), s)[0], 3 * S**2)
+
+
+def test_only_again_has_what_its_derivative_has() -> None:
+    def zero(x: Tensor) -> Tensor:
+        return (x - x.detach()).square() / 2
+
+    x = torch.tensor(0.3, requires_grad=True)
+    value = only_again(zero(x))
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    assert value == 0 and first == 0
+    assert torch.autograd.grad(first, x)[0] == 1

@@ -20,6 +20,7 @@ from torch import Size, Tensor
 from torch.distributions import AffineTransform
 
 from pyro_sparse.distributions.constraints import MixedConstraint, refuse_bijections
+from pyro_sparse.distributions.half_precision import in_float32
 from pyro_sparse.distributions.mixed import MixedDistribution, checked
 from pyro_sparse.distributions.mixed_wrappers import Forwarding
 from pyro_sparse.distributions.parameters import aligned
@@ -111,7 +112,8 @@ class AffineMixed(Forwarding, TransformedDistribution):
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         with torch.no_grad():
-            return self.forward(self.base_dist.sample(sample_shape))
+            y = self.forward(self.base_dist.sample(sample_shape))
+        return y.detach()  # torch.jit.trace does not record no_grad
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         return self.forward(self.base_dist.rsample(sample_shape))
@@ -145,8 +147,8 @@ class AffineMixed(Forwarding, TransformedDistribution):
         z = self._checked_inverse(value)
         below = self.base_dist.cdf(z)
         jump = torch.zeros_like(below)
-        for atom, log_weight in zip(self.base_dist._atoms, self.base_dist._log_weights(), strict=False):
-            jump = torch.where(z == atom, log_weight.exp(), jump)
+        for atom, log_weight in zip(self.base_dist._atoms, in_float32(self.base_dist)._log_weights(), strict=False):
+            jump = torch.where(z == atom, log_weight.exp().to(jump), jump)
         return torch.where(self.scale > 0, below, 1 - below + jump)
 
     def icdf(self, value: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
+from pyro_sparse._precision import widened
+
 
 class MixedConstraint(constraints.Constraint):
     r"""
@@ -104,6 +106,22 @@ def check_compositions(owner: str, value: Tensor, num_classes: int) -> None:
 def nan_where(nan: Tensor, result: Tensor) -> Tensor:
     """The result, NaN where this holds: where a value is NaN, of which a comparison knows nothing."""
     return torch.where(nan, math.nan, result)
+
+
+def widened_composition(value: Tensor) -> Tensor:
+    """
+    Compositions in float32. Rows that sum to one but for the rounding of half precision are divided by their sum; the
+    others stay, and are refused.
+    """
+    wide = widened(value)
+    total = wide.sum(-1, keepdim=True)
+    return torch.where(mixed_simplex.check(value).unsqueeze(-1), wide / torch.where(total > 0, total, 1.0), wide)
+
+
+def rounded_composition(draw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compositions in half precision: what is positive stays so, and the row on its face."""
+    y, tiny = draw.to(dtype), torch.finfo(dtype).tiny
+    return torch.where((draw > 0) & (y < tiny), y + (tiny - y).detach(), y)
 
 
 def on_simplex_only(log_prob: Tensor, value: Tensor, ok: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex, on_simplex_only
+from pyro_sparse.distributions.constraints import (
+    check_compositions,
+    mixed_simplex,
+    on_simplex_only,
+    rounded_composition,
+    widened_composition,
+)
 from pyro_sparse.distributions.faces import num_vertices
 from pyro_sparse.distributions.mixed_base import MixedBase
 from pyro_sparse.projections import sparsemax
@@ -23,6 +29,8 @@ class ExtrinsicSimplex(MixedBase):
     """
 
     support = mixed_simplex
+    _widened_value = staticmethod(widened_composition)
+    _rounded = staticmethod(rounded_composition)
 
     def __init__(self, shape: Size, validate_args: bool | None) -> None:
         """``shape`` is that of a draw, the vertices last."""

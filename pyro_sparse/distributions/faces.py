@@ -13,12 +13,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_sparse.distributions.constraints import face, on_simplex_only
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed_base import check_expand
 
 MAX_ENUMERABLE = 12  # vertices: 4095 faces
 
 
-class FaceDistribution(TorchDistribution):
+class FaceDistribution(HalfPrecision, TorchDistribution):
     """
     What the families share. One has ``num_classes`` vertices and one parameter, :attr:`like`; :meth:`log_mass`,
     :meth:`sample`, :meth:`entropy`, :attr:`marginals`, :attr:`mode` and :attr:`size_log_probs`.
@@ -65,6 +66,15 @@ class FaceDistribution(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def widened(self) -> FaceDistribution:
+        new = self._remade(self.like.float())
+        new._validate_args = self._validate_args
+        return new
+
     def double(self) -> FaceDistribution:
         """The same distribution in float64."""
         return self if self.like.dtype == torch.float64 else self._remade(self.like.double())
@@ -106,6 +116,9 @@ class FaceDistribution(TorchDistribution):
 
     def _differentiated(self, log_x: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """x - 1, :meth:`product_minus_one` of it, and its derivatives."""
+        if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
+            with torch.inference_mode(False):
+                return self._remade(self.like.clone())._differentiated(log_x.clone(), again)
         graph = again or (torch.is_grad_enabled() and (log_x.requires_grad or self.like.requires_grad))
         with torch.enable_grad():
             x_less = torch.expm1(log_x)

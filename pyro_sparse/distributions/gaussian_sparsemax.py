@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 
+from pyro_sparse._autograd import is_tracing
 from pyro_sparse._numerics import log_ndtr, panels
 from pyro_sparse.distributions.extrinsic import ExtrinsicSimplex
 from pyro_sparse.distributions.mixed import check_finite, check_positive
@@ -124,8 +125,7 @@ def _log_expectation(intercept: Tensor, slope: Tensor) -> Tensor:
     The rule of Gauss and Legendre, on panels that end where a factor steps up. Its nodes have no gradient: they do not
     move the integral.
     """
-    with torch.no_grad():
-        t, weights = panels(_breaks(intercept, slope), _NODES)
+    t, weights = panels(_breaks(intercept.detach(), slope.detach()), _NODES)
     terms = weights.log() + _log_integrand(t, intercept, slope)
     top = terms.detach().amax(0)  # else the rounding of a large result would scale its gradient
     return (terms - top).logsumexp(0) + top - _LOG_2PI / 2
@@ -147,9 +147,11 @@ def _breaks(intercept: Tensor, slope: Tensor) -> Tensor:
     steps = torch.cat([(-_STEP - intercept) / safe, (_STEP - intercept) / safe], -1)
     used = torch.cat([sharp, sharp], -1) & (steps > first) & (steps < last)
     breaks = torch.cat([even, torch.where(used, steps, first)], -1).sort(-1).values
-    # What is not used comes first, as panels of no width: leave out those that no row has.
-    unused = (breaks == first).sum(-1)
-    return breaks[..., int(unused.min()) - 1 if unused.numel() else 0 :].movedim(-1, 0)
+    if not is_tracing():  # where the number of panels must not depend on values
+        # What is not used comes first, as panels of no width: leave out those that no row has.
+        unused = (breaks == first).sum(-1)
+        breaks = breaks[..., int(unused.min()) - 1 if unused.numel() else 0 :]
+    return breaks.movedim(-1, 0)
 
 
 def _mode(intercept: Tensor, slope: Tensor) -> Tensor:

@@ -94,16 +94,14 @@ class GibbsFaces(FaceDistribution):
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """The first vertex of the face, then the bits after it, which are independent."""
-        with torch.no_grad():
-            off = -softplus(self._logits)
-            before = off.cumsum(-1) - off
-            first = Categorical(logits=logsigmoid(self._logits) + before, validate_args=False).sample(
-                Size(sample_shape)
-            )
-            first = first.unsqueeze(-1)
-            bits = torch.bernoulli(self._logits.sigmoid().expand(*first.shape[:-1], self.num_classes))
-            vertices = torch.arange(self.num_classes, device=bits.device)
-            return torch.where(vertices < first, 0.0, torch.where(vertices == first, 1.0, bits))
+        logits = self._logits.detach()
+        off = -softplus(logits)
+        before = off.cumsum(-1) - off
+        first = Categorical(logits=logsigmoid(logits) + before, validate_args=False).sample(Size(sample_shape))
+        first = first.unsqueeze(-1)
+        bits = torch.bernoulli(logits.sigmoid().expand(*first.shape[:-1], self.num_classes))
+        vertices = torch.arange(self.num_classes, device=bits.device)
+        return torch.where(vertices < first, 0.0, torch.where(vertices == first, 1.0, bits))
 
     @property
     def marginals(self) -> Tensor:

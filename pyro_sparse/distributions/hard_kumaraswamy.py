@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log1mexp, log1mexpexp
+from pyro_sparse.distributions.kumaraswamy import log_neg_log1mexp, log_quantile
 from pyro_sparse.distributions.mixed import check_positive
 from pyro_sparse.distributions.parameters import aligned
 from pyro_sparse.distributions.stretched import Stretched
@@ -75,12 +75,9 @@ class HardKumaraswamy(Stretched):
             for name in ("concentration1", "concentration0"):
                 check_positive(type(self).__name__, name, getattr(self, name))
 
-    # With k in (0, 1): 1 - F = (1 - k^a)^b = exp(-b H), H = -log(1 - k^a). Both k^a and H underflow for large a where
-    # their logs do not.
-
     def _log_hazard(self, z: Tensor) -> Tensor:
-        """log H."""
-        return _log_neg_log1mexp(self.concentration1 * self._log_parts(z)[0])
+        """log H, the hazard of kumaraswamy.py."""
+        return log_neg_log1mexp(self.concentration1 * self._log_parts(z)[0])
 
     def _log_cdf(self, z: Tensor) -> Tensor:
         return log1mexpexp(self.concentration0.log() + self._log_hazard(z))
@@ -113,19 +110,9 @@ class HardKumaraswamy(Stretched):
         return [self._unstretched(self.concentration1.log())]
 
     def _quantile(self, u: Tensor) -> Tensor:
-        # From the tail that is not near one: H = -log(1 - u) / b, then a log k = log(1 - exp(-H)).
-        log_hazard = torch.log(-torch.log1p(-u)) - self.concentration0.log()
-        k = (log1mexpexp(log_hazard) / self.concentration1).exp()
+        k = log_quantile(u, self.concentration1, self.concentration0).exp()
         return self.low + (self.high - self.low) * k
 
     def __repr__(self) -> str:
         shape = tuple(self._batch_shape)
         return f"{type(self).__name__}(concentration1: {shape}, concentration0: {shape}, {self._repr_stretch})"
-
-
-def _log_neg_log1mexp(x: Tensor) -> Tensor:
-    r""":math:`\log(-\log(1 - e^x))` for :math:`x < 0`; for :math:`x \to -\infty` it is :math:`x + e^x / 2`."""
-    tiny = x < -18.0 if x.dtype == torch.float64 else x < -8.0
-    plain = (-log1mexp(torch.where(tiny, -1.0, x))).log()
-    low = torch.where(tiny, x, -18.0)
-    return torch.where(tiny, low + low.exp() / 2, plain)

@@ -7,14 +7,35 @@ import math
 from typing import Any
 
 import torch
+from pyro.distributions import Beta
 from torch import Size, Tensor
 from torch.distributions import Distribution, Uniform, constraints
 
+from pyro_sparse._autograd import differentiable_once
 from pyro_sparse._numerics import entropy_terms
+from pyro_sparse._precision import widened
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
-from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf, implicit
+from pyro_sparse.distributions.half_precision import HalfPrecision, in_float32
+from pyro_sparse.distributions.implicit import implicit
+from pyro_sparse.distributions.kumaraswamy import Kumaraswamy
+from pyro_sparse.distributions.mixed import MixedDistribution, cdf_anywhere, check_univariate, has_cdf
 from pyro_sparse.distributions.parameters import aligned, first_tensor
 from pyro_sparse.distributions.quadrature import Stretch, nearly_none
+
+_ONCE = (
+    "Beta slab: expected a draw to be differentiated once, got a derivative of its derivative, which torch does not "
+    "have. Use dist.Kumaraswamy."
+)
+
+
+def _beta_draw(slab: Any, size: Size) -> Tensor:
+    """As torch's, with its gradient, whose own derivative torch takes for zero where it does not raise."""
+    x = slab._dirichlet.sample(size).detach()
+    parameters = torch.stack([slab.concentration1, slab.concentration0], -1)
+    given = parameters.detach().expand(x.shape)
+    by_own = torch._dirichlet_grad(x, given, given.sum(-1, keepdim=True).expand_as(x))
+    slope = by_own * torch.stack([x[..., 1], -x[..., 0]], -1)
+    return x[..., 0] + (slope * (differentiable_once(parameters, _ONCE) - parameters.detach())).sum(-1)
 
 
 class InflatedDistribution(MixedDistribution):
@@ -26,7 +47,7 @@ class InflatedDistribution(MixedDistribution):
     """
 
     slab: Any
-    #: the logits or probabilities
+    #: logits or probabilities of the strata
     _given: Tensor
 
     @property
@@ -35,9 +56,15 @@ class InflatedDistribution(MixedDistribution):
 
     def __init__(self, slab: Any, batch_shape: Size, given: Tensor, validate_args: bool | None) -> None:
         check_univariate(type(self).__name__, "slab", slab)
-        self.slab = slab
+        self.slab = Kumaraswamy.of(slab)
+        given = given if isinstance(slab, HalfPrecision) else widened(given)  # in float32 at least, as such a slab is
         (self._given,) = aligned(type(self).__name__, first_tensor(slab), given=given)  # draws are the slab's
         super().__init__(torch.broadcast_shapes(slab.batch_shape, batch_shape), self._given, validate_args)
+
+    def widened(self) -> Any:
+        new = super().widened()
+        new.slab = in_float32(self.slab)
+        return new
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
@@ -75,11 +102,9 @@ class InflatedDistribution(MixedDistribution):
         if slab.has_rsample != self.slab.has_rsample:
             slab.has_rsample_(self.slab.has_rsample)  # expand forgets what was chosen for an instance
         size = shape[: len(shape) - len(self._batch_shape)]
-        return self._off_atoms(slab(size) if attached else slab.sample(size))
-
-    def _off_atoms(self, z: Tensor) -> Tensor:
-        """Moves a slab's draw that was rounded to an atom to the next number inside."""
-        return z
+        if not attached:
+            return self._off_atoms(slab.sample(size).detach())  # torch.jit.trace does not record no_grad
+        return self._off_atoms(_beta_draw(slab, size) if type(slab) is Beta and slab.has_rsample else slab(size))
 
     def _strata(self, shape: Size) -> Tensor:
         """Numbers of the strata, the inside last."""
@@ -97,11 +122,17 @@ class InflatedDistribution(MixedDistribution):
     def _pathwise(self, z: Tensor) -> Tensor:
         self._require_pathwise()
         inner = self._inside(z)
-        log_mass, below = self._log_tail(inner)
-        return implicit(z, self._is_inside(z), below, log_mass, self._log_density(inner))
+        below = self._is_below(inner)
+        return implicit(
+            z, inner, self._is_inside(z), below, lambda z: self._log_tail(z, below), self._log_density(inner)
+        )
 
-    def _log_tail(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-mass on one side of a point inside, and whether that side is below."""
+    def _is_below(self, z: Tensor) -> Tensor:
+        """On which side of a point inside its mass is counted."""
+        raise NotImplementedError
+
+    def _log_tail(self, z: Tensor, below: Tensor) -> Tensor:
+        """The log-mass on one side of a point inside."""
         raise NotImplementedError
 
     # Moments.

@@ -17,6 +17,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
+from pyro_sparse._precision import widened
 from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.projected import ProjectedDistribution
@@ -62,7 +63,8 @@ def kl_bits(p: Bernoulli, q: Bernoulli) -> Tensor:
     if "probs" in p.__dict__ or "probs" in q.__dict__:  # there may be exact zeros
         log_p, log_q = (exact_logits(d).log_softmax(-1) for d in (p, q))
         return _kl(log_p.exp(), log_p, log_q)
-    return p.logits.sigmoid() * (p.logits - q.logits) + logsigmoid(-p.logits) - logsigmoid(-q.logits)
+    a, b = widened(p.logits), widened(q.logits)
+    return a.sigmoid() * (a - b) + logsigmoid(-a) - logsigmoid(-b)
 
 
 def _kl(p_probs: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch.distributions import Bernoulli, Distribution, TransformedDistribution
 from torch.distributions.kl import register_kl
 
 from pyro_sparse.distributions.affine import AffineMixed
+from pyro_sparse.distributions.half_precision import pair_in_float32
 from pyro_sparse.distributions.inflated import InflatedDistribution
 from pyro_sparse.distributions.mixed import MixedDistribution
 from pyro_sparse.distributions.mixed_base import MixedBase, UnknownDivergence
@@ -56,6 +57,7 @@ def _atoms_kl(p: MixedDistribution, q: MixedDistribution) -> Tensor:
 
 @register_kl(RectifiedDistribution, RectifiedDistribution)
 @register_kl(RectifiedDistribution, InflatedDistribution)
+@pair_in_float32
 def _kl_rectified(p: RectifiedDistribution, q: MixedDistribution) -> Tensor:
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     atoms, points = _atoms_kl(p, q), p._points(q)
@@ -71,11 +73,13 @@ def _kl_rectified(p: RectifiedDistribution, q: MixedDistribution) -> Tensor:
 
 
 @register_kl(RectifiedNormal, RectifiedNormal)
+@pair_in_float32
 def _kl_normal(p: RectifiedNormal, q: RectifiedNormal) -> Tensor:
     return _atoms_kl(p, q) + p._inside_kl(q)
 
 
 @register_kl(InflatedDistribution, InflatedDistribution)
+@pair_in_float32
 def _kl_inflated(p: InflatedDistribution, q: InflatedDistribution) -> Tensor:
     atoms = _atoms_kl(p, q)
     try:
@@ -92,17 +96,20 @@ def _kl_inflated(p: InflatedDistribution, q: InflatedDistribution) -> Tensor:
 
 
 @register_kl(TruncatedExponential, TruncatedExponential)
+@pair_in_float32
 def _kl_exponential(p: TruncatedExponential, q: TruncatedExponential) -> Tensor:
     return p._log_norm() - q._log_norm() + (p.rate - q.rate) * p.mean
 
 
 @register_kl(TruncatedExponential, Uniform)
+@pair_in_float32
 def _kl_exponential_uniform(p: TruncatedExponential, q: Uniform) -> Tensor:
     kl = (q.high - q.low).log() - p.entropy()
     return torch.where((q.low <= 0) & (q.high >= 1), kl, math.inf)
 
 
 @register_kl(Bernoulli, MixedDistribution)
+@pair_in_float32
 def _kl_bernoulli(p: Bernoulli, q: MixedDistribution) -> Tensor:
     if 1.0 not in q._atoms:
         raise ValueError(

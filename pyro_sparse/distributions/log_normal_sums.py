@@ -2,15 +2,13 @@ r"""Sums of log-normal variables over a random set of them: what a logistic-norm
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pyro_sparse._autograd import not_traced
 from pyro_sparse._numerics import decaying_rule, panels
 from pyro_sparse.distributions.face_sums import Sums
 
@@ -69,69 +67,82 @@ class LogNormalSums:
         return (self.weights.unsqueeze(-1) * self._first * self._others).sum(-2).to(self.dtype)
 
 
-class _Laplace(torch.autograd.Function):
+class _Derivatives(torch.autograd.Function):
     r"""
-    :math:`E \exp(-e^u)` and :math:`E e^u \exp(-e^u)` for :math:`u = m + \sigma \epsilon`, elementwise: node by node, so
-    that memory does not grow with their number.
+    :math:`T_n` and :math:`T_{n+1}`, where :math:`T_n = E g^{(n)}(m + \sigma \epsilon)` and :math:`g(u) = \exp(-e^u)`,
+    elementwise: node by node, so that memory does not grow with their number. As
+    :math:`\partial_m T_n = T_{n+1}` and :math:`\partial_\sigma T_n = \sigma T_{n+2}`, they have all derivatives.
     """
 
     @staticmethod
-    def forward(ctx: Any, m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        zero, first, *slopes = _expectations(m, scale, any(ctx.needs_input_grad))
-        ctx.save_for_backward(first, *slopes)
-        return zero, first
+    def forward(ctx: Any, m: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        ctx.n = n
+        with not_traced():
+            values = _expectations(m, scale, n, 4 if any(ctx.needs_input_grad) else 2)
+        this, following, *higher = values  # here a trace must see where they come from
+        ctx.save_for_backward(m, scale, following, *higher)
+        return this, following
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_zero: Tensor, grad_first: Tensor) -> tuple[Tensor, Tensor]:
-        first, zero_by_scale, first_by_m, first_by_scale = ctx.saved_tensors
-        return -grad_zero * first + grad_first * first_by_m, grad_zero * zero_by_scale + grad_first * first_by_scale
+    def backward(ctx: Any, grad: Tensor, grad_following: Tensor) -> tuple[Tensor, Tensor, None]:
+        m, scale, t1, t2, t3 = ctx.saved_tensors
+        if torch.is_grad_enabled():  # what follows will be differentiated
+            t2, t3 = _Derivatives.apply(m, scale, ctx.n + 2)
+        return grad * t1 + grad_following * t2, scale * (grad * t2 + grad_following * t3), None
 
 
 def _laplace(m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _Laplace.apply(m, scale)
-    return result
+    r""":math:`E \exp(-e^u)` and :math:`E e^u \exp(-e^u)` for :math:`u = m + \sigma \epsilon`."""
+    zero, one = _Derivatives.apply(m, scale, 0)
+    return zero, -one
 
 
-def _expectations(m: Tensor, scale: Tensor, slopes: bool) -> Tensor:
-    """The two, and with slopes the derivatives of the first by scale, of the second by m and by scale: stacked."""
+def _expectations(m: Tensor, scale: Tensor, n: int, count: int) -> Tensor:
+    """So many of them, from the n-th on: stacked."""
     flat_m, flat_scale = m.flatten(), scale.flatten()
-    result = m.new_empty(5 if slopes else 2, m.numel())
+    result = m.new_zeros(count, m.numel())
     for rule, chosen in ((_narrow, flat_scale <= 1), (_wide, flat_scale > 1)):
         for part in chosen.nonzero().squeeze(-1).split(_CHUNK):
-            values = rule(flat_m[part], flat_scale[part])
-            result[:, part] = sum(torch.stack(list(itertools.islice(v, len(result)))) for v in values)
+            result[:, part] = rule(flat_m[part], flat_scale[part], n, count)
     return result.unflatten(-1, m.shape)
 
 
-def _narrow(m: Tensor, scale: Tensor) -> Iterator[Iterator[Tensor]]:
-    r"""For scales up to 1: the trapezoid rule over :math:`\epsilon`, a summand of each of the five at every node."""
+def _narrow(m: Tensor, scale: Tensor, n: int, count: int) -> Tensor:
+    r"""
+    For scales up to 1: the trapezoid rule over :math:`\epsilon`. With :math:`t = e^u`, the n-th derivative of g is
+    :math:`p_n(t) e^{-t}`, :math:`p_{n+1} = t (p_n' - p_n)`.
+    """
+    moments, step = m.new_zeros(n + count, *m.shape), 0.35  # of t^k exp(-t)
+    for i in range(-25, 26):
+        eps = i * step
+        t = torch.add(m, scale, alpha=eps).clamp_(max=6.0).exp_()  # beyond, exp(-t) is nothing
+        term = (-t).exp_().mul_(step * math.exp(-eps * eps / 2) / math.sqrt(2 * math.pi))
+        moments[0] += term
+        for moment in moments[1:]:
+            moment += term.mul_(t)
+    rows = [[1.0] + [0.0] * (n + count - 1)]
+    while len(rows) < n + count:
+        p = rows[-1]
+        rows.append([k * c - before for k, (c, before) in enumerate(zip(p, [0.0, *p], strict=False))])
+    return torch.einsum("nk,k...->n...", m.new_tensor(rows[n:]), moments)
 
-    def summands(eps: float) -> Iterator[Tensor]:
-        u = (m + scale * eps).clamp(max=6.0).exp()  # beyond, exp(-e^u) is nothing
-        zero = (step * math.exp(-eps * eps / 2) / math.sqrt(2 * math.pi)) * (-u).exp()
-        first = u * zero
-        yield from (zero, first)
-        second = first * (1 - u)
-        yield from (-eps * first, second, eps * second)
 
-    step = 0.35
-    return (summands(i * step) for i in range(-25, 26))
-
-
-def _wide(m: Tensor, scale: Tensor) -> Iterator[Iterator[Tensor]]:
+def _wide(m: Tensor, scale: Tensor, n: int, count: int) -> Tensor:
     r"""
     For scales above 1: :math:`\exp(-e^u)` is the probability that a Gumbel variable G is above u, so that the normal
-    variable may be integrated first. It leaves :math:`E\,\Phi((G - m) / \sigma)`.
+    variable may be integrated first. It leaves :math:`E\,\Phi(z)`, :math:`z = (G - m) / \sigma`, and, for n > 0,
+    :math:`T_n = -\sigma^{-n} E\,\mathrm{He}_{n-1}(z) \varphi(z)`.
     """
-
-    def summands(log_t: Tensor, weight: Tensor) -> Iterator[Tensor]:
-        z = (log_t - m) / scale
-        density = weight * (-z.square() / 2).exp() / (math.sqrt(2 * math.pi) * scale)
-        yield from (weight * torch.special.ndtr(z), density)
-        by_m = density * z / scale
-        yield from (-density * z, by_m, by_m * z - density / scale)
-
+    result = m.new_zeros(n + count, *m.shape)
     # The density of G = log t is t exp(-t), with respect to dt / t.
     t, weights = decaying_rule(m.new_tensor(45.0), 72)
-    return (summands(*node) for node in zip(t.log(), weights * t * (-t).exp(), strict=True))
+    for log_t, weight in zip(t.log(), weights * t * (-t).exp(), strict=True):
+        z = (log_t - m) / scale
+        if n == 0:
+            result[0] += weight * torch.special.ndtr(z)
+        before, term = 0.0, (-z.square() / 2).exp_().mul_(-weight / math.sqrt(2 * math.pi))
+        for k, row in enumerate(result[1:]):
+            row += term
+            before, term = term, torch.addcmul(-k * before, z, term) if k else z * term
+    powers = torch.arange(n + count, dtype=m.dtype, device=m.device).reshape(-1, *(1,) * m.dim())
+    return result[n:] / scale.pow(powers[n:])

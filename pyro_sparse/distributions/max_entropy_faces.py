@@ -95,11 +95,11 @@ class MaxEntropyFaces(FaceDistribution):
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """A size, then the vertices that come first in a random order."""
-        with torch.no_grad():
-            sizes = Categorical(logits=self.size_log_probs, validate_args=False).sample(Size(sample_shape)) + 1
-            keys = torch.rand(*sizes.shape, self.num_classes, dtype=self.bits.dtype, device=self.bits.device)
-            ranks = keys.argsort(-1).argsort(-1)
-            return (ranks < sizes.unsqueeze(-1)).to(self.bits.dtype)
+        logits = self.size_log_probs.detach()
+        sizes = Categorical(logits=logits, validate_args=False).sample(Size(sample_shape)) + 1
+        keys = torch.rand(*sizes.shape, self.num_classes, dtype=self.bits.dtype, device=self.bits.device)
+        ranks = keys.argsort(-1).argsort(-1)
+        return (ranks < sizes.unsqueeze(-1)).to(self.bits.dtype)
 
     @property
     def marginals(self) -> Tensor:

@@ -19,13 +19,14 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
-from torch.overrides import handle_torch_function, has_torch_function
 
 from pyro_sparse._numerics import entropy_terms
+from pyro_sparse._precision import HALF, widened
 from pyro_sparse.distributions.constraints import has_atoms, interior_point, mixed_unit_interval, nan_where
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed_base import MixedBase
+from pyro_sparse.distributions.parameters import first_tensor
 from pyro_sparse.distributions.quadrature import Stretch
 
 
@@ -48,7 +49,7 @@ class MixedDistribution(MixedBase):
     ========================== ======================================================= ==============================
 
     ``TraceMeanField_ELBO`` refuses the default form while Pyro's validation is on, and loses its score part with
-    validation off. Draws are differentiable once.
+    validation off.
 
     Pyro's ``TransformedDistribution`` by an ``AffineTransform``, such as a percentage, moves the atoms and scales the
     density; it refuses all other maps, whose Jacobian would be taken of the atoms too.
@@ -63,6 +64,18 @@ class MixedDistribution(MixedBase):
     def __init__(self, batch_shape: Size, like: Tensor, validate_args: bool | None) -> None:
         self._zero = like.detach().new_zeros(())
         super().__init__(batch_shape, Size(), validate_args)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._zero.dtype
+
+    def widened(self) -> Any:
+        new = super().widened()
+        new._zero = widened(self._zero)
+        return new
+
+    def _rounded(self, draw: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._off_atoms(draw.to(dtype), self._is_inside(draw))
 
     @property
     def _stretch(self) -> Stretch:
@@ -88,6 +101,19 @@ class MixedDistribution(MixedBase):
     def _inside_score(self, z: Tensor, log_inside: Tensor) -> Tensor:
         """What of the inside :meth:`_stratified` leaves to the score function: its probability, by default."""
         return log_inside
+
+    def _off_atoms(self, z: Tensor, inside: Tensor | None = None) -> Tensor:
+        """Moves what is known to be inside (all, by default) and was rounded to an atom to the next number inside."""
+        info = torch.finfo(z.dtype)
+        for atom in self._atoms:
+            if atom:
+                moved, near = z == atom, z.new_tensor(1 - info.eps / 2)
+            else:  # from subnormal numbers, too, which may overflow in a density
+                moved, tiny = z.abs() < info.tiny, z.new_tensor(info.tiny)
+                near = torch.where((z < 0) | ~self.support.check(tiny), -tiny, tiny)
+            moved = moved if inside is None else moved & inside
+            z = torch.where(moved, z + (near - z).detach(), z)  # it keeps its gradient
+        return z
 
     # Densities.
 
@@ -219,53 +245,6 @@ class MixedDistribution(MixedBase):
         return z
 
 
-class _ImplicitDraw(torch.autograd.Function):
-    r"""
-    A draw whose dependence on the parameters is given by :math:`M(z(\theta), \theta)` being constant.
-
-    .. math:: \frac{dz}{d\theta} = -\frac{\partial_\theta M}{\partial_z M}
-       = \mp \frac{M}{f}\, \partial_\theta \log M,
-
-    M the mass below the draw (:math:`\partial_z M = f`) or above it (:math:`\partial_z M = -f`). M. Figurnov et al.,
-    *Implicit reparameterization gradients*, NeurIPS 2018, eq. 5.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, log_mass: Tensor, log_density: Tensor, sign: Tensor) -> Tensor:
-        # The exponent is masked first: where a draw has no gradient the ratio may be inf, and 0 * inf is NaN.
-        ctx.save_for_backward(sign * torch.where(sign == 0, 0.0, log_mass - log_density).exp())
-        return z.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return None, grad * slope, None, None
-
-
-def implicit(z: Tensor, inside: Tensor, below: Tensor, log_mass: Tensor, log_density: Tensor) -> Tensor:
-    """
-    Gives draws the gradient that keeps their log-mass constant.
-
-    Args:
-        z: draws.
-        inside: where they have a gradient.
-        below: where ``log_mass`` is of what lies below the draw; elsewhere of what lies above.
-        log_mass: finite throughout.
-        log_density: at the draw, normalised as the mass is.
-    """
-    sign = torch.where(inside, torch.where(below, -1.0, 1.0), 0.0).to(z.dtype)
-    z, log_mass, log_density, sign = torch.broadcast_tensors(z, log_mass, log_density.detach(), sign)
-    return _draw_implicitly(z, log_mass, log_density, sign)
-
-
-def _draw_implicitly(*args: Tensor) -> Tensor:
-    # TraceGraph_ELBO follows dependencies by tensors of a class of its own, which an autograd.Function does not see.
-    if has_torch_function(args):
-        return handle_torch_function(_draw_implicitly, args, *args)
-    return _ImplicitDraw.apply(*args)
-
-
 def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, expected: str, fix: str) -> None:
     """Raises in the house's form where a parameter is not ok."""
     if not (ok if isinstance(ok, bool) else bool(ok.all())):
@@ -316,4 +295,10 @@ def check_univariate(owner: str, name: str, d: Any) -> None:
         raise ValueError(
             f"{owner}.{name}: expected a continuous distribution, got {type(d).__name__}, which has atoms. "
             "Use one with a density, e.g. Normal or Beta."
+        )
+    like = first_tensor(d)
+    if like is not None and like.dtype in HALF and not isinstance(d, HalfPrecision):
+        raise TypeError(
+            f"{owner}.{name}: expected parameters in float32 or float64, got {type(d).__name__} in {like.dtype}, in "
+            "which its draws and densities are not right. Give it parameters with .float()."
         )

@@ -9,6 +9,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Size, Tensor
 
+from pyro_sparse._precision import widened
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
 
 
@@ -19,7 +21,7 @@ class UnknownDivergence(TypeError):
     """
 
 
-class MixedBase(TorchDistribution):
+class MixedBase(HalfPrecision, TorchDistribution):
     """
     A distribution with probability on sets of measure zero, and a density on what lies between: its log-density jumps,
     so that its draws are not reparameterised, or only in part.
@@ -47,12 +49,14 @@ class MixedBase(TorchDistribution):
 
     def _stratified(self, shape: Size) -> Tensor:
         """A draw of this full shape with the gradient that ``score_parts`` leaves to it: none."""
+        return self._undifferentiated(shape)
+
+    def _undifferentiated(self, shape: Size) -> Tensor:
         with torch.no_grad():
-            return self._draw(shape)
+            return self._draw(shape).detach()  # torch.jit.trace does not record no_grad
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(self._extended_shape(Size(sample_shape)))
+        return self._undifferentiated(self._extended_shape(Size(sample_shape)))
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """A purely pathwise draw, whatever ``has_rsample`` says; see the class for when it is right."""
@@ -83,6 +87,20 @@ class MixedBase(TorchDistribution):
             if isinstance(value, Tensor):
                 setattr(new, name, value.expand(batch_shape + self._event_of(name)))
         new._batch_shape = batch_shape
+        return new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        tensor: Tensor = getattr(self, self._tensors[0])
+        return tensor.dtype
+
+    def widened(self) -> Any:
+        new: MixedBase = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        for name in self._tensors:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(new, name, widened(value))
         return new
 
     def _event_of(self, name: str) -> Size:

@@ -9,12 +9,19 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 
-from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex, on_simplex_only
+from pyro_sparse.distributions.constraints import (
+    check_compositions,
+    mixed_simplex,
+    on_simplex_only,
+    rounded_composition,
+    widened_composition,
+)
 from pyro_sparse.distributions.face_dirichlet import FaceDirichlet
 from pyro_sparse.distributions.face_logistic_normal import FaceLogisticNormal
 from pyro_sparse.distributions.face_sums import RandomFace
 from pyro_sparse.distributions.faces import FaceDistribution
 from pyro_sparse.distributions.gibbs_faces import GibbsFaces
+from pyro_sparse.distributions.half_precision import in_float32
 from pyro_sparse.distributions.mixed_base import MixedBase
 from pyro_sparse.distributions.on_face import OnFace
 
@@ -69,6 +76,8 @@ class MixedSimplex(MixedBase):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = mixed_simplex
+    _widened_value = staticmethod(widened_composition)
+    _rounded = staticmethod(rounded_composition)
 
     def __init__(self, faces: FaceDistribution, within: OnFace, *, validate_args: bool | None = None) -> None:
         check_parts(type(self).__name__, faces, within)
@@ -84,19 +93,20 @@ class MixedSimplex(MixedBase):
         new.faces, new.within = self.faces.expand(batch_shape), self.within.expand(batch_shape)
         return new
 
+    def widened(self) -> Any:
+        new = super().widened()
+        new.faces, new.within = in_float32(self.faces), in_float32(self.within)
+        return new
+
     # Draws.
 
-    def _point(self, shape: Size, attached: bool) -> Tensor:
-        size = shape[: len(shape) - len(self._batch_shape) - 1]
-        faces = self.faces.expand(self._batch_shape).sample(size)
-        with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
-            return self.within.at(faces).rsample()
-
     def _draw(self, shape: Size) -> Tensor:
-        return self._point(shape, attached=False)
+        return self._stratified(shape)
 
     def _stratified(self, shape: Size) -> Tensor:
-        return self._point(shape, attached=True)
+        size = shape[: len(shape) - len(self._batch_shape) - 1]
+        faces = self.faces.expand(self._batch_shape).sample(size)
+        return self.within.at(faces).rsample()
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__}.rsample: {_NO_RSAMPLE}")

@@ -11,15 +11,23 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 
 from pyro_sparse._numerics import safe_log
-from pyro_sparse.distributions.constraints import check_compositions, mixed_simplex, nan_where
+from pyro_sparse._precision import widened
+from pyro_sparse.distributions.constraints import (
+    check_compositions,
+    mixed_simplex,
+    nan_where,
+    rounded_composition,
+    widened_composition,
+)
 from pyro_sparse.distributions.face_sums import OneFace, Sums
 from pyro_sparse.distributions.faces import num_vertices
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed import checked
 from pyro_sparse.distributions.mixed_base import check_expand
 from pyro_sparse.distributions.parameters import aligned
 
 
-class OnFace(TorchDistribution):
+class OnFace(HalfPrecision, TorchDistribution):
     """
     A distribution on the relative interior of a face, the whole simplex by default.
 
@@ -30,6 +38,8 @@ class OnFace(TorchDistribution):
 
     has_rsample = True
     support = mixed_simplex
+    _widened_value = staticmethod(widened_composition)
+    _rounded = staticmethod(rounded_composition)
     #: the parameters, each ``(*batch, K)``
     _tensors: ClassVar[tuple[str, ...]] = ()
     #: the vertices of the face, as bits; None for all
@@ -91,6 +101,13 @@ class OnFace(TorchDistribution):
         """A view with a larger batch shape."""
         shape = check_expand(type(self).__name__, self.batch_shape, batch_shape) + self.event_shape
         return self._with(self.face, lambda p: p.expand(shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def widened(self) -> Any:
+        return self._with(None if self.face is None else widened(self.face), Tensor.float)
 
     def double(self) -> Any:
         """The same in float64."""

@@ -40,6 +40,6 @@ def first_tensor(d: Any) -> Tensor | None:
     for value in vars(d).values():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.detach()
-        if isinstance(value, Distribution):
-            return first_tensor(value)
+        if isinstance(value, Distribution) and (tensor := first_tensor(value)) is not None:
+            return tensor
     return None

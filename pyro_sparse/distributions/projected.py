@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 
 from pyro_sparse._numerics import safe_log
+from pyro_sparse._precision import multinomial
 from pyro_sparse.distributions.sparse_support import SparseDistribution
 from pyro_sparse.projections import sparsemax
 
@@ -145,7 +146,7 @@ class ProjectedDistribution(SparseDistribution):
     def _draw(self, sample_shape: Size) -> Tensor:
         """Numbers of outcomes, shape ``sample_shape + batch_shape``."""
         rows = self.probs.detach().reshape(-1, self.num_outcomes)
-        draws = torch.multinomial(rows, sample_shape.numel(), replacement=True)
+        draws = multinomial(rows, sample_shape.numel(), replacement=True)
         return draws.T.reshape(sample_shape + self._batch_shape)
 
     def _log_prob_of(self, index: Tensor) -> Tensor:

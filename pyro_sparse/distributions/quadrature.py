@@ -22,9 +22,13 @@ Stretch = tuple[Any, Any] | None
 
 
 class Points(NamedTuple):
-    """Nodes z; their weights with respect to Lebesgue measure; and log k and log (1 - k) of which stretch."""
+    """
+    Nodes z, and 1 - z to all its digits; their weights with respect to Lebesgue measure; and log k and log (1 - k) of
+    which stretch. None has a gradient.
+    """
 
     z: Tensor
+    rest: Tensor
     weights: Tensor
     stretch: Stretch
     log_parts: tuple[Tensor, Tensor] | None
@@ -35,7 +39,7 @@ def logit(z: Tensor, low: Any, high: Any) -> Tensor:
     return ((z - low) / (high - z)).log()
 
 
-def place(breaks: list[Tensor], shape: Size, stretch: Stretch, count: int) -> Points:
+def place(breaks: list[Tensor], shape: Size, stretch: Stretch, count: int, double: bool = False) -> Points:
     """
     Nodes between each two neighbours of some points of [0, 1].
 
@@ -44,10 +48,14 @@ def place(breaks: list[Tensor], shape: Size, stretch: Stretch, count: int) -> Po
         shape: the batch shape that they broadcast to.
         stretch: whose coordinate is used.
         count: nodes on each panel.
+        double: whether to compute in float64 whatever the dtype, where a density is steeper than the stretch says.
     """
-    z = [b.clamp(0.0, 1.0).expand(shape) for b in breaks]
+    dtype = breaks[0].dtype
+    z = [b.detach().clamp(0.0, 1.0).expand(shape) for b in breaks]
+    if double:
+        z = [b.double() for b in z]
     if stretch is not None:
-        low, high = stretch
+        low, high = (x.detach() if isinstance(x, Tensor) else x for x in stretch)
         z = [logit(b, low, high) for b in z]
     first, last, *inner = z
     inner = [b.maximum(first).minimum(last) for b in inner]
@@ -57,12 +65,13 @@ def place(breaks: list[Tensor], shape: Size, stretch: Stretch, count: int) -> Po
         inner = list(torch.stack(inner).sort(0).values)
     y, weights = panels(torch.stack([first, *inner, last]), count)
     if stretch is None:
-        return Points(y, weights, None, None)
+        return Points(y.to(dtype), (1 - y).to(dtype), weights.to(dtype), None, None)
     width, log_k = high - low, logsigmoid(y)
-    log_parts = log_k, log_k - y
-    info = torch.finfo(y.dtype)
-    inside = (low + width * y.sigmoid()).clamp(info.tiny, 1 - info.eps / 2)
-    return Points(inside, weights * width * (log_parts[0] + log_parts[1]).exp(), stretch, log_parts)
+    log_parts = log_k.to(dtype), (log_k - y).to(dtype)
+    info = torch.finfo(dtype)
+    inside = (low + width * y.sigmoid()).to(dtype).clamp(info.tiny, 1 - info.eps / 2)
+    rest = ((1 - high) + width * (-y).sigmoid()).to(dtype).clamp(info.tiny, 1.0)
+    return Points(inside, rest, (weights * width).to(dtype) * (log_parts[0] + log_parts[1]).exp(), stretch, log_parts)
 
 
 def nearly_none(like: Tensor) -> Stretch:

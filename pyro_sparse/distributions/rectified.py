@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor
 
-from pyro_sparse.distributions.mixed import MixedDistribution, implicit
+from pyro_sparse.distributions.implicit import implicit
+from pyro_sparse.distributions.mixed import MixedDistribution
 from pyro_sparse.distributions.quadrature import Points, bends, nodes_for, place, same, tighter
 
 _LEVELS = (1e-14, 1e-7, 1e-3, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7, 1 - 1e-14)
@@ -29,6 +30,8 @@ class RectifiedDistribution(MixedDistribution):
     nodes: int | None
     #: whether the density is positive on all of (0, 1)
     _positive: ClassVar[bool] = True
+    #: whether the density may be steeper near 0 and 1 than its stretch says
+    _steep: ClassVar[bool] = False
     #: how many nodes a panel has at least, where their number is left to the family
     _least_nodes: ClassVar[int] = 0
 
@@ -72,25 +75,35 @@ class RectifiedDistribution(MixedDistribution):
         return u.clamp(info.tiny, 1 - info.eps)
 
     def _draw(self, shape: Size) -> Tensor:
-        return self._quantile(self._uniform(shape)).clamp(0.0, 1.0)
+        u, one = self._uniform(shape), self._zero + 1
+        z = self._off_atoms(self._quantile(u).clamp(0.0, 1.0))
+        # By probability, not by where z is: beside an end of a tight stretch many a draw is rounded to it.
+        z = torch.where(u <= self._log_cdf(self._zero).exp(), 0.0, z)
+        return torch.where(u > self._log_cdf(one).exp(), 1.0, z)
 
-    def _pathwise(self, z: Tensor) -> Tensor:
-        inner = self._inside(z)
-        log_below, log_above = self._log_cdf(inner), self._log_sf(inner)
-        below = (log_below < log_above).detach()
-        inside = self._is_inside(z)
-        return implicit(z, inside, below, torch.where(below, log_below, log_above), self._log_density(inner))
+    def _pathwise(self, z: Tensor, u: Tensor | None = None) -> Tensor:
+        """``u`` is the probability of which z is the quantile, where it may have a derivative."""
+        inner, inside = self._inside(z), self._is_inside(z)
+        below = self._log_cdf(inner) < self._log_sf(inner)
+
+        def log_mass(z: Tensor) -> Tensor:
+            return torch.where(below, self._log_cdf(z), self._log_sf(z))
+
+        level = None if u is None else torch.where(below, u, 1 - u).masked_fill(~inside, 0.5).log()
+        return implicit(z, inner, inside, below, log_mass, self._log_density(inner), level)
 
     def _stratified(self, shape: Size) -> Tensor:
-        with torch.no_grad():
-            z = self._draw(shape)
+        z = self._undifferentiated(shape)
         inner = self._inside(z)
         # The gradient of the conditional quantile is the same from either end of [0, 1]; a sum of masses cancels less
         # from the nearer one.
         below = inner < 0.5
         log_inside = self._log_mass(self._zero, self._zero + 1)
-        log_mass = self._log_mass(torch.where(below, 0.0, inner), torch.where(below, inner, 1.0)) - log_inside
-        return implicit(z, self._is_inside(z), below, log_mass, self._log_density(inner) - log_inside)
+
+        def log_mass(z: Tensor) -> Tensor:
+            return self._log_mass(torch.where(below, 0.0, z), torch.where(below, z, 1.0)) - log_inside
+
+        return implicit(z, inner, self._is_inside(z), below, log_mass, self._log_density(inner) - log_inside)
 
     # Distribution functions.
 
@@ -103,10 +116,11 @@ class RectifiedDistribution(MixedDistribution):
         return inner.expand(torch.broadcast_shapes(inner.shape, self._batch_shape))
 
     def icdf(self, value: Tensor) -> Tensor:
-        r"""The smallest z with ``cdf(z) >= value``, in [0, 1]; differentiable in the parameters."""
+        r"""The smallest z with ``cdf(z) >= value``, in [0, 1]; differentiable in the parameters and the probability."""
+        u = self._probability(value)
         with torch.no_grad():
-            z = self._quantile(self._probability(value)).clamp(0.0, 1.0)
-        return self._pathwise(z)
+            z = self._quantile(u).clamp(0.0, 1.0)
+        return self._pathwise(z.detach(), u if u.requires_grad else None)
 
     # Integrals over the inside.
 
@@ -137,9 +151,12 @@ class RectifiedDistribution(MixedDistribution):
     def _log_density_at(self, points: Points) -> Tensor:
         return self._log_density(points.z)
 
-    @torch.no_grad()
     def _points(self, other: MixedDistribution | None = None) -> Points:
         """The nodes for an integral of f, alone or times the logarithm of another density; they carry no gradient."""
+        with torch.no_grad():  # for speed: `place` detaches them
+            return self._placed_points(other)
+
+    def _placed_points(self, other: MixedDistribution | None) -> Points:
         shape, stretch, breaks = self._batch_shape, self._stretch, [*self._ends(), *self._peaks()]
         alike = type(other) is type(self) and same(stretch, other._stretch)
         if not alike:
@@ -150,7 +167,8 @@ class RectifiedDistribution(MixedDistribution):
             breaks += other._kinks() if isinstance(other, RectifiedDistribution) else []
             for one in (self._stretch, other._stretch):
                 breaks += [] if same(one, stretch) else bends(one, self._zero)
-        return place(breaks, shape, stretch, self.nodes or max(self._least_nodes, nodes_for(stretch)))
+        steep = self._steep or (isinstance(other, RectifiedDistribution) and other._steep)
+        return place(breaks, shape, stretch, self.nodes or max(self._least_nodes, nodes_for(stretch)), double=steep)
 
     def _inside_mass(self) -> tuple[Tensor, Tensor, Tensor]:
         """Points z of (0, 1), their weights in an expectation over the inside, and log f (zero where f is)."""

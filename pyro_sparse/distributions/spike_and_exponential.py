@@ -12,12 +12,13 @@ from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log1mexp, safe_log
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed import checked
 from pyro_sparse.distributions.parameters import aligned, check_floating
 from pyro_sparse.distributions.spike_and_slab import SpikeAndSlab
 
 
-class TruncatedExponential(TorchDistribution):
+class TruncatedExponential(HalfPrecision, TorchDistribution):
     r"""
     .. math:: f(\zeta) = \frac{\beta e^{\beta \zeta}}{e^{\beta} - 1}, \qquad \zeta \in [0, 1],
 
@@ -57,13 +58,20 @@ class TruncatedExponential(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rate.dtype
+
+    def widened(self) -> TruncatedExponential:
+        return TruncatedExponential(self.rate.float(), validate_args=self._validate_args)
+
     def _log_norm(self) -> Tensor:
         r""":math:`\log \beta / (e^\beta - 1) = -\beta/2 + \log (x / \sinh x)` with :math:`x = \beta / 2`, even in x."""
-        x = self.rate.abs() / 2
-        flat = x < 1e-3
-        steep = torch.where(flat, 1.0, x)
+        x = self.rate / 2
+        flat = x.abs() < 1e-3
+        steep = torch.where(flat, 1.0, x.abs())  # abs has no second derivative at zero
         log_ratio = steep.log() - steep - log1mexp(-2 * steep) + math.log(2)
-        return torch.where(flat, -x.square() / 6, log_ratio) - self.rate / 2
+        return torch.where(flat, -x.square() / 6 + x**4 / 180, log_ratio) - self.rate / 2
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -78,7 +86,9 @@ class TruncatedExponential(TorchDistribution):
         up = rate > 0
         grown = torch.expm1(torch.where(up, -rate * (1 - value), 0.0)) - torch.expm1(torch.where(up, -rate, -1.0))
         plain = torch.expm1(torch.where(up, 0.0, rate * value))
-        small = value * (1 + self.rate * (value - 1) / 2)
+        # The generating function of the Bernoulli polynomials.
+        b, r, two = value * (value - 1), torch.where(flat, self.rate, 0.0), 2 * value - 1
+        small = value + r * b * (1 / 2 + r * (two / 12 + r * b / 24))
         return torch.where(flat, small, torch.where(up, grown, plain) / scale)
 
     def icdf(self, value: Tensor) -> Tensor:
@@ -91,12 +101,14 @@ class TruncatedExponential(TorchDistribution):
         log_near = torch.log1p(-torch.where(near, taken, 0.5))
         log_far = torch.logaddexp(-steepness, safe_log(1 - w) + log1mexp(-steepness))
         t = -torch.where(near, log_near, log_far) / steepness
-        small = value * (1 + self.rate * (1 - value) / 2)
+        # The cumulants of a bit.
+        b, r = value * (1 - value), torch.where(flat, self.rate, 0.0)
+        small = value + r * b * (1 / 2 + r * ((1 - 2 * value) / 6 + r * (1 - 6 * b) / 24))
         return torch.where(flat, small, torch.where(up, 1 - t, t))
 
     def _scaled(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the rate is nearly zero; a rate that is not; and what a cdf is divided by."""
-        flat = self.rate.abs() < 1e-7 if self.rate.dtype == torch.float64 else self.rate.abs() < 1e-3
+        flat = self.rate.abs() < (1e-3 if self.rate.dtype == torch.float64 else 3e-2)
         rate = torch.where(flat, 1.0, self.rate)
         return flat, rate, torch.where(rate > 0, -torch.expm1(-rate.abs()), torch.expm1(-rate.abs()))
 

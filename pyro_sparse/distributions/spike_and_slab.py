@@ -96,10 +96,12 @@ class SpikeAndSlab(InflatedDistribution):
                 "The quantile function jumps over the gap: leave has_rsample False (the default)."
             )
 
-    def _log_tail(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        below = z < 0
+    def _is_below(self, z: Tensor) -> Tensor:
+        return z < 0
+
+    def _log_tail(self, z: Tensor, below: Tensor) -> Tensor:
         cdf = self._slab_cdf(z)
-        return self._log_weights()[1] + safe_log(torch.where(below, cdf, 1 - cdf)), below
+        return self._log_weights()[1] + safe_log(torch.where(below, cdf, 1 - cdf))
 
     def __repr__(self) -> str:
         name = "logits" if self._from_logits else "probs"

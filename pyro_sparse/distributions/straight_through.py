@@ -16,6 +16,7 @@ the KL divergence has **no gradient** under ``Trace_ELBO``. Take it in closed fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +26,15 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 from torch.distributions import Independent
 
+from pyro_sparse._precision import widened
 from pyro_sparse._relaxation import Jacobian, check_stand_in, draw_with_stand_in, exact_logits, straight_through
 from pyro_sparse._relaxation import linear_log_prob as _linear
+from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed import checked
 from pyro_sparse.distributions.parameters import check_floating
 
 
-class _StraightThrough:
+class _StraightThrough(HalfPrecision):
     """What the families share: all but their values, of which they say how to read them off a one-hot vector."""
 
     has_rsample = True
@@ -65,7 +68,7 @@ class _StraightThrough:
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """What :meth:`rsample` gives, without its gradient."""
         with torch.no_grad():
-            return self.rsample(sample_shape)
+            return self.rsample(sample_shape).detach()  # torch.jit.trace does not record no_grad
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draws, exactly discrete, with the gradient of their stand-ins."""
@@ -76,6 +79,22 @@ class _StraightThrough:
 
     def _value(self, one_hot: Tensor) -> Tensor:
         return one_hot
+
+    @property
+    def dtype(self: Any) -> torch.dtype:
+        dtype: torch.dtype = self._param.dtype
+        return dtype
+
+    def widened(self: Any) -> Any:
+        new = owner = copy.copy(self)
+        if hasattr(self, "_categorical"):
+            new._categorical = owner = copy.copy(self._categorical)
+        given = "probs" if owner._param is owner.__dict__.get("probs") else "logits"
+        for name in ("probs", "logits"):  # the other was made from it, in half precision
+            owner.__dict__.pop(name, None)
+        owner._param = widened(owner._param)
+        setattr(owner, given, owner._param)
+        return new
 
     def _check_temperature(self: Any) -> None:
         if self._validate_args:

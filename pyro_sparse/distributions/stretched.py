@@ -52,10 +52,10 @@ class Stretched(RectifiedDistribution):
     def _log_width(self) -> Any:
         return log_width(self.low, self.high)
 
-    def _log_parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """log k and log (1 - k), each precise where k is near 0 and near 1."""
-        width = self.high - self.low
-        k, rest = (z - self.low) / width, (self.high - z) / width
+    def _log_parts(self, z: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log k and log (1 - k), each precise where k is near 0 and near 1; ``rest`` is a better known 1 - z."""
+        width, above = self.high - self.low, self.high - z if rest is None else (self.high - 1) + rest
+        k, rest = (z - self.low) / width, above / width
         left = k < 0.5
         small, large = torch.where(left, k, 0.5), torch.where(left, 0.5, rest)
         log_k = torch.where(left, small.log(), torch.log1p(-large))
@@ -96,5 +96,5 @@ class Stretched(RectifiedDistribution):
     def _log_density_at(self, points: Points) -> Tensor:
         learnt = any(isinstance(x, Tensor) and x.requires_grad for x in (self.low, self.high))
         if points.log_parts is None or learnt or not same(points.stretch, self._stretch):
-            return self._log_density(points.z)
+            return self._log_density_of(*self._log_parts(points.z, points.rest))
         return self._log_density_of(*points.log_parts)

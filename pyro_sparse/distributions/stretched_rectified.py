@@ -12,8 +12,11 @@ from torch.distributions import constraints
 
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.constraints import interior_point, nan_where
+from pyro_sparse.distributions.half_precision import in_float32
+from pyro_sparse.distributions.kumaraswamy import Kumaraswamy
 from pyro_sparse.distributions.mixed import cdf_anywhere, check_univariate, has_cdf
 from pyro_sparse.distributions.parameters import aligned, first_tensor
+from pyro_sparse.distributions.quadrature import Points
 from pyro_sparse.distributions.rectified import RectifiedDistribution
 from pyro_sparse.distributions.stretched import check_stretch, log_width, stretched_shape
 
@@ -66,6 +69,7 @@ class StretchedRectified(RectifiedDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {"low": constraints.less_than(0), "high": constraints.greater_than(1)}
     _tensors = ("low", "high")
     _positive = False
+    _steep = True
     _least_nodes = 16
 
     def __init__(
@@ -92,34 +96,46 @@ class StretchedRectified(RectifiedDistribution):
             raise ValueError(
                 f"{type(self).__name__}.base: expected a distribution with a parameter, got {base}. Give it tensors."
             )
-        self.base_dist = base
+        self.base_dist = Kumaraswamy.of(base)
         self.low, self.high = low, high = aligned(type(self).__name__, like, low=low, high=high)
         super().__init__(stretched_shape(base.batch_shape, low, high), like, nodes, validate_args)
 
+    def widened(self) -> Any:
+        new = super().widened()
+        new.base_dist = in_float32(self.base_dist)
+        return new
+
+    # In float64 whatever the dtype: near its ends a base on [0, 1] sees a tight stretch by its last digits.
+
     def _of_base(self, z: Tensor) -> Tensor:
-        return (z - self.low) / (self.high - self.low)
+        low, high = (x.double() if isinstance(x, Tensor) else x for x in (self.low, self.high))
+        return (z.double() - low) / (high - low)
 
     def _base_cdf(self, z: Tensor) -> Tensor:
         return cdf_anywhere(self.base_dist, self._of_base(z))
 
     def _log_cdf(self, z: Tensor) -> Tensor:
-        return safe_log(self._base_cdf(z))
+        return safe_log(self._base_cdf(z)).to(self._zero.dtype)
 
     def _log_sf(self, z: Tensor) -> Tensor:
-        return safe_log(1 - self._base_cdf(z))
+        return safe_log(1 - self._base_cdf(z)).to(self._zero.dtype)
 
     def _log_mass(self, a: Tensor, b: Tensor) -> Tensor:
-        return safe_log(self._base_cdf(b) - self._base_cdf(a))
+        return safe_log(self._base_cdf(b) - self._base_cdf(a)).to(self._zero.dtype)
 
     def _log_density(self, z: Tensor) -> Tensor:
         x, support = self._of_base(z), self.base_dist.support
         ok = support.check(x)
         log_prob = self.base_dist.log_prob(torch.where(ok, x, interior_point(support, x)))
-        return torch.where(ok, log_prob - log_width(self.low, self.high), -math.inf)
+        return torch.where(ok, log_prob - log_width(self.low, self.high), -math.inf).to(self._zero.dtype)
+
+    def _log_density_at(self, points: Points) -> Tensor:
+        right = points.z > 0.5
+        return self._log_density(torch.where(right, 1 - points.rest.double(), points.z.double()))
 
     def _peaks(self) -> list[Tensor]:
         # The middle of the base is where a Laplace density, say, has its corner.
-        return [*super()._peaks(), self._near_quantile(torch.full_like(self._base_cdf(self._zero), 0.5))]
+        return [*super()._peaks(), self._near_quantile(torch.full_like(self._log_cdf(self._zero), 0.5))]
 
     def _kinks(self) -> list[Tensor]:
         return self._peaks()

@@ -111,15 +111,13 @@ class ZeroOneInflated(InflatedDistribution):
     def _log_weights(self) -> tuple[Tensor, ...]:
         return self.logits.unbind(-1)
 
-    def _off_atoms(self, z: Tensor) -> Tensor:
-        info = torch.finfo(z.dtype)
-        return z.clamp(info.tiny, 1 - info.eps / 2)
+    def _is_below(self, z: Tensor) -> Tensor:
+        return z < 0.5
 
-    def _log_tail(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_tail(self, z: Tensor, below: Tensor) -> Tensor:
         zero, one, inside = (p for p in self.probs.unbind(-1))
         cdf = self._slab_cdf(z)
-        below = (z < 0.5).expand(cdf.shape)
-        return safe_log(torch.where(below, zero + inside * cdf, one + inside * (1 - cdf))), below
+        return safe_log(torch.where(below, zero + inside * cdf, one + inside * (1 - cdf)))
 
     def __repr__(self) -> str:
         name = "logits" if self._from_logits else "probs"

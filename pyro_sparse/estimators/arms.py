@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
+from pyro_sparse._precision import HALF, widened
 from pyro_sparse.estimators.base import Estimator, Site, Slots, element
 from pyro_sparse.estimators.score_function import check_count
 
@@ -44,7 +45,7 @@ class ARMS(Estimator):
     def draw(self, site: Site) -> Slots:
         with torch.no_grad():
             probs = self._bits(site).probs
-            values = self.draw_bits(probs)
+            values = self.draw_bits(probs).to(element(site.fn).logits.dtype)
             shape = (self.n, *site.fn.batch_shape)
             return Slots(values, probs.new_full((), -math.log(self.n)).expand(shape))
 
@@ -78,7 +79,11 @@ class ARMS(Estimator):
                 f"{type(self).__name__}, site '{site.name}': expected Bernoulli, alone or under to_event, got "
                 f"{site.fn}. Use LeaveOneOut or RaoBlackwell."
             )
-        return fn
+        if fn.logits.dtype not in HALF:
+            return fn
+        # In half precision a probability beside one is one.
+        name = "probs" if fn._param is fn.__dict__.get("probs") else "logits"
+        return Bernoulli(**{name: widened(getattr(fn, name))}, validate_args=False)
 
 
 class DisARM(ARMS):

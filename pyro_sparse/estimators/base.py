@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
+from pyro_sparse._precision import Accumulating
+
 
 @dataclass(frozen=True)
 class Plate:
@@ -89,7 +91,7 @@ class Site:
         return torch.Size(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
 
 
-class Baseline(nn.Module):
+class Baseline(Accumulating):
     r"""
     A baseline b for the score-function estimator :math:`(f - b)\,\nabla \log q(z)`.
 
@@ -97,7 +99,8 @@ class Baseline(nn.Module):
     on the ``cost`` argument, which serves to fit it and for its shape, dtype and device).
 
     Subclasses define :meth:`forward`. What they learn by gradients are parameters, trained along by ``svi.step`` or by
-    a torch optimiser; running means are buffers, moved in :meth:`update`.
+    a torch optimiser; running means are buffers, moved in :meth:`update`; they do not follow
+    ``.to(torch.bfloat16)``.
     """
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import graph_leaves
+from pyro_sparse._precision import widened
 from pyro_sparse.estimators.base import Baseline, Plate, Site
 
 
@@ -50,6 +51,7 @@ class MovingAverage(Baseline):
         return self.mean[self._rows(plate)].reshape(site.batch_shape).to(cost), 0.0
 
     def update(self, cost: Tensor, site: Site) -> None:
+        cost = widened(cost)
         if self.num_data is None:
             mean, weight = self._moved(self.mean, self.weight, mean_of_finite(cost))
             self.mean.copy_(mean)
@@ -196,7 +198,7 @@ class Scaled(Baseline):
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         value, loss = self.baseline(cost, site)
-        site.memo[self] = value = value.detach()
+        site.memo[self] = value = widened(value.detach())
         mean, center, covariance, variance = self.moments
         # A constant's variance is that of rounding, and its covariance too: their ratio would be noise.
         varies = variance > (100 * torch.finfo(value.dtype).eps * center).square()
@@ -204,7 +206,7 @@ class Scaled(Baseline):
         return torch.where(varies, mean + slope * (value - center), value), loss
 
     def update(self, cost: Tensor, site: Site) -> None:
-        value = site.memo[self].expand_as(cost)
+        cost, value = widened(cost), site.memo[self].expand_as(cost)
         weight = self.beta * self.weight + (1 - self.beta)
         rate = (1 - self.beta) / weight
         missing = (cost + value).isfinite().logical_not()
@@ -240,7 +242,7 @@ class Sum(Baseline):
 
     def update(self, cost: Tensor, site: Site) -> None:
         self.first.update(cost, site)
-        self.second.update(cost - site.memo[self], site)
+        self.second.update(widened(cost) - site.memo[self], site)
 
 
 def mean_of_finite(cost: Tensor, dim: int | None = None) -> Tensor:

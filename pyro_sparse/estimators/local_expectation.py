@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sparse._precision import widened
 from pyro_sparse.estimators.base import Estimator, Site, Slots, element, lists_outcomes
 
 
@@ -65,7 +66,7 @@ class LocalExpectation(Estimator):
 
     def _log_probs(self, base: Any, index: Tensor) -> Tensor:
         """``(S, *batch, elements)``, of the outcomes by number."""
-        table = base.log_prob(base.enumerate_support(expand=False))
+        table = widened(base.log_prob(base.enumerate_support(expand=False)))
         return table.reshape(len(table), *index.shape[1:]).gather(0, index)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
+from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.estimators.base import Site, element
@@ -19,14 +20,14 @@ class OneHotView:
     Bits, indices or unit vectors, alone or several under ``to_event``, as one-hot vectors.
 
     Attributes:
-        logits: attached, ``(*batch, *elements, K)``; of a bit, those of one and of zero.
+        logits: attached, ``(*batch, *elements, K)``; of a bit, those of one and of zero. In float32 at least.
         elements: how many dims there are between ``batch`` and K.
         base: the distribution of one variable.
     """
 
     logits: Tensor
     elements: int
-    base: Distribution
+    base: Any
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -40,7 +41,8 @@ class OneHotView:
 
     def value(self, one_hot: Tensor) -> Tensor:
         """One-hot vectors, or what lies between them, in the form of the site's own values; indices stay vectors."""
-        return one_hot[..., 0] if isinstance(self.base, Bernoulli) else one_hot
+        value = one_hot[..., 0] if isinstance(self.base, Bernoulli) else one_hot
+        return value.to(self.base.logits.dtype)
 
     def one_hot(self, value: Tensor) -> Tensor:
         """The site's values as one-hot vectors."""
@@ -82,7 +84,7 @@ def one_hot_view(estimator: str, site: Site, indices: bool, fix: str) -> OneHotV
     Raises:
         ValueError: naming the site, for any other distribution.
     """
-    base: Distribution = element(site.fn)
+    base = element(site.fn)
     if not isinstance(base, (Bernoulli, OneHotCategorical, *([Categorical] if indices else []))):
         kinds = "Bernoulli, OneHotCategorical" + (" or Categorical" if indices else "")
         raise ValueError(

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_sparse._precision import multinomial, widened
 from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes, take_outcomes
 
 
@@ -54,7 +55,7 @@ class RaoBlackwell(Estimator):
         require_outcomes("RaoBlackwell", site)
         with torch.no_grad():
             outcomes = site.fn.enumerate_support(expand=True)
-            log_q = site.fn.log_prob(outcomes)
+            log_q = widened(site.fn.log_prob(outcomes))
             k = self._count(log_q)
             top, where_top = log_q.topk(k, 0)
             if k == len(outcomes):
@@ -63,7 +64,7 @@ class RaoBlackwell(Estimator):
             log_mass = tail.logsumexp(0)
             # A row without a tail draws from all of q: its draws have weight zero.
             rows = torch.where(log_mass > -math.inf, tail, log_q).softmax(0).movedim(0, -1)
-            drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.tail_samples, replacement=True)
+            drawn = multinomial(rows.reshape(-1, len(outcomes)), self.tail_samples, replacement=True)
             drawn = drawn.reshape((*rows.shape[:-1], self.tail_samples)).movedim(-1, 0)
             weight = (log_mass - math.log(self.tail_samples)).expand(drawn.shape)
             return Slots(take_outcomes(outcomes, torch.cat([where_top, drawn])), torch.cat([top, weight]), k)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_sparse._precision import multinomial, widened
 from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes, take_outcomes
 from pyro_sparse.estimators.score_function import check_count
 
@@ -50,11 +51,11 @@ class UnorderedSet(Estimator):
                     f"UnorderedSet, site '{site.name}': expected k of at most {len(outcomes)}, the number of outcomes, "
                     f"got {self.k}. Lower it, or use Exact()."
                 )
-            log_q = site.fn.log_prob(outcomes)
+            log_q = widened(site.fn.log_prob(outcomes))
             # What is below the least normal number, a draw cannot tell from zero.
             log_q = log_q.masked_fill(log_q < math.log(torch.finfo(log_q.dtype).tiny), -math.inf)
             rows = log_q.exp().movedim(0, -1)
-            drawn = torch.multinomial(rows.reshape(-1, len(outcomes)), self.k)  # without replacement
+            drawn = multinomial(rows.reshape(-1, len(outcomes)), self.k)  # without replacement
             drawn = drawn.reshape(*rows.shape[:-1], self.k).movedim(-1, 0)
             own = log_q.gather(0, drawn)
             completed = self._completed(own, log_q.scatter(0, drawn, -math.inf).logsumexp(0))

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pyro_sparse._autograd import underivable
+from pyro_sparse._precision import widened
 from pyro_sparse.distributions import HardConcrete
 
 PointKind = Literal["l0", "mean", "median", "mode"]
@@ -118,8 +120,8 @@ class HardConcreteGate(nn.Module):
 
     @property
     def expected_l0(self) -> Tensor:
-        r""":math:`\sum_j P(z_j \ne 0)`, the expected number of open gates; a scalar."""
-        return self.distribution.prob_nonzero.sum()
+        r""":math:`\sum_j P(z_j \ne 0)`, the expected number of open gates; a scalar, in float32 at least."""
+        return widened(self.distribution.prob_nonzero).sum()
 
     def point_estimate(self) -> Tensor:
         """The gates' values in ``eval()`` mode, whatever the mode is; shape ``shape``."""
@@ -141,6 +143,12 @@ class HardConcreteGate(nn.Module):
         return f"{tuple(self.logits.shape)}, {options}, per_example={self.per_example}, kind={self.kind!r}"
 
 
+_ONCE = (
+    "HardConcreteGate: expected logits within max_logit for a second derivative, got some beyond, where the first is "
+    "pretended. Clamp the parameter, or raise max_logit."
+)
+
+
 class _Bounded(torch.autograd.Function):
     """A clamp to [-bound, bound] with the gradient of the identity, except where descent would lead farther out."""
 
@@ -154,4 +162,7 @@ class _Bounded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         outward = ((logits > ctx.bound) & (grad < 0)) | ((logits < -ctx.bound) & (grad > 0))
+        beyond = (logits.abs() > ctx.bound) & ~outward
+        if torch.is_grad_enabled() and beyond.any():
+            grad = grad + underivable(logits, _ONCE)
         return grad.masked_fill(outward, 0.0), None

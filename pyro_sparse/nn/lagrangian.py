@@ -6,12 +6,14 @@ import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pyro_sparse._precision import Accumulating, widened
 
 Kind = Literal["equal", "at_most", "at_least"]
 
 
-class ConstraintLagrangian(nn.Module):
+class ConstraintLagrangian(Accumulating):
     r"""
     The term to add to a loss so that :math:`\min_\theta L(\theta)` is found under :math:`c(\theta) = 0`, where
     :math:`c = \text{value} - \text{target}`:
@@ -31,7 +33,8 @@ class ConstraintLagrangian(nn.Module):
     the constraint holds by itself both go to zero and the term is no more than a constant.
 
     One call in training mode is one step of the multiplier, so call it once in a training step. In ``eval()`` mode it
-    stays. It is in the ``state_dict``: a run that is loaded continues exactly.
+    stays. It is in the ``state_dict``: a run that is loaded continues exactly. ``.to(torch.bfloat16)`` leaves it in
+    float32, where it does not stand still, and so is the term.
 
     Args:
         target: what the value is to be, at most, or at least.
@@ -91,10 +94,9 @@ class ConstraintLagrangian(nn.Module):
                 f"ConstraintLagrangian: expected a finite scalar, got {shown}. Reduce the value with sum or mean, and "
                 "look for what made it infinite."
             )
-        excess, multiplier = value - self.target, self.multiplier.clone()  # the buffer is about to change
+        excess, multiplier = widened(value) - self.target, self.multiplier.clone()  # the buffer is about to change
         if self.training:
-            with torch.no_grad():
-                self.multiplier.copy_(self._signed(multiplier + self.rate * excess))
+            self.multiplier.copy_(self._signed(multiplier + self.rate * excess.detach()))
         if self.damping == 0:
             return multiplier * excess
         push = self._signed(multiplier + self.damping * excess)

@@ -34,6 +34,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from pyro_sparse._autograd import is_tracing
+
 __all__ = ["entmax", "entmax15", "sparsemax", "topk_sparsemax"]
 
 
@@ -296,16 +298,7 @@ def _zeros_or_nan(x: Tensor) -> Tensor:
 
 def _can_branch_on(x: Tensor) -> bool:
     # Reading a value on a GPU would stall its queue, and a trace has no values.
-    return x.device.type == "cpu" and not _is_tracing()
-
-
-def _is_tracing() -> bool:
-    # torch.func has no public way to ask; torch.autograd.Function asks it this way as well.
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
+    return x.device.type == "cpu" and not is_tracing()
 
 
 def _shifted(name: str, scores: Tensor, dim: int) -> Tensor:
@@ -339,7 +332,7 @@ def _checked_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> Tensor:
         )
     if not isinstance(alpha, Tensor):
         valid = alpha > 1 + torch.finfo(x.dtype).eps / 2  # otherwise it is 1 in this dtype
-    elif _is_tracing():
+    elif is_tracing():
         valid, value = True, torch.where(value > 1, value, math.nan)
     else:
         valid = bool((value > 1).all())

@@ -142,8 +142,8 @@ def _check_draw(how: str, d: Any, *, pathwise: bool) -> None:
         family = family.base_dist
     require(bool(d.has_rsample) == pathwise, f"has_rsample of {how}", pathwise, d.has_rsample)
     z = d()
-    expected = (*d.batch_shape, *d.event_shape)
-    require(z.shape == expected, f"shape of {how}", expected, tuple(z.shape))
+    shape = (*d.batch_shape, *d.event_shape)
+    require(z.shape == shape, f"shape of {how}", shape, tuple(z.shape))
     draw, log_prob = z.detach(), family.log_prob(z.detach())
     parts = d.score_parts(draw)
     _close(f"log_prob of the score parts of {how}", parts.log_prob, d.log_prob(draw))
@@ -160,22 +160,27 @@ def _check_draw(how: str, d: Any, *, pathwise: bool) -> None:
         _same_gradient(f"the score function of {how}", parts.score_function, score, log_prob)
     if pathwise or z.requires_grad:
         weight = draw.cos()
-        followed = offered(lambda: _followed(family, draw, pathwise))
-        if followed is not None:
-            _same_gradient(how, z * weight, followed * weight, log_prob)
+        expected = offered(lambda: followed(family, draw, pathwise))
+        if expected is not None:
+            _same_gradient(how, z * weight, expected * weight, log_prob)
 
 
-def _followed(d: MixedDistribution, z: Tensor, pathwise: bool) -> Tensor:
+def followed(d: MixedDistribution, z: Tensor, pathwise: bool) -> Tensor:
     """A tensor with the gradient of a draw that stays at its quantile: dz = -dF / f, F given the stratum or not."""
+    mass, density = mass_and_density(d, z, pathwise)
+    return torch.where(_jump(d, z) == 0, -mass / density.detach(), 0.0)
+
+
+def mass_and_density(d: MixedDistribution, z: Tensor, pathwise: bool) -> tuple[Tensor, Tensor]:
+    """F and f at a draw, given the stratum or not; harmless numbers where it is an atom."""
     inside = _jump(d, z) == 0
     z = torch.where(inside, z, interior_point(d.support.domain, z))
-    mass = d.cdf(z)
-    if not pathwise:
-        below = torch.stack([_at(d, atom) * (z >= atom) for atom in d.support.atoms]).sum(0)
-        interior = torch.where(inside, d.prob_interior, 1.0)
-        mass = (mass - below) / interior * interior.detach()
-    density = torch.where(inside, d.log_prob(z).detach().exp(), 1.0)
-    return torch.where(inside, -mass / density, 0.0)
+    mass, density = d.cdf(z), torch.where(inside, d.log_prob(z).exp(), 1.0)
+    if pathwise:
+        return mass, density
+    below = torch.stack([_at(d, atom) * (z >= atom) for atom in d.support.atoms]).sum(0)
+    interior = torch.where(inside, d.prob_interior, 1.0)
+    return (mass - below) / interior, density / interior
 
 
 def _at(d: MixedDistribution, atom: float) -> Tensor:

@@ -16,7 +16,7 @@ from pyro.infer.reparam import TransformReparam
 from torch import Tensor
 from torch.distributions import ComposeTransform, biject_to, kl_divergence
 
-from pyro_sparse.distributions import HardConcrete, SpikeAndSlab, ZeroOneInflated
+from pyro_sparse.distributions import HardConcrete, RectifiedNormal, SpikeAndSlab, ZeroOneInflated
 from pyro_sparse.distributions.affine import AffineMixed
 from pyro_sparse.testing import check_distribution
 
@@ -26,6 +26,15 @@ maps = pytest.mark.parametrize("loc, scale", [(0.3, -0.7), pytest.param(0.0, 100
 
 def affine(d: Any, loc: Any, scale: Any, **kwargs: Any) -> Any:
     return dist.TransformedDistribution(d, [AffineTransform(loc, scale, **kwargs)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cdf_in_half_precision(dtype: torch.dtype) -> None:
+    loc, scale = torch.tensor(0.3, dtype=dtype), torch.tensor(1.0, dtype=dtype)
+    d = affine(RectifiedNormal(loc, scale), 0.0, -2.0)
+    values = torch.tensor([-2.0, -1.5, -0.5, 0.0], dtype=dtype)
+    expected = affine(RectifiedNormal(loc.double(), scale.double()), 0.0, -2.0).cdf(values.double())
+    torch.testing.assert_close(d.cdf(values), expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
 
 
 def test_a_percentage() -> None:

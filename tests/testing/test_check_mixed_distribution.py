@@ -12,6 +12,7 @@ from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch import Independent
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions.kl import register_kl
 
 from pyro_sparse.distributions import (
@@ -41,14 +42,14 @@ RIGHT: dict[str, Any] = {
     "HardConcrete": lambda: HardConcrete(positive(3, 1), real(2)),
     "HardKumaraswamy": lambda: HardKumaraswamy(positive(3, 1), positive(2), low=-positive(3, 2)),
     "RectifiedNormal": lambda: RectifiedNormal(real(3, 1), positive(2)),
-    "StretchedRectified": lambda: StretchedRectified(dist.Normal(real(3, 2), positive(2)), -0.2, 1.1),
-    "Rectified": lambda: Rectified(dist.Cauchy(real(2), positive(2))),
     "SpikeAndSlab": lambda: SpikeAndSlab(dist.Normal(real(3, 1), positive(2)), logits=real(2)),
     "SpikeAndExponential": lambda: SpikeAndExponential(real(3, 1), probs=torch.tensor([0.0, 0.7])),
     "ZeroOneInflated": lambda: ZeroOneInflated(dist.Beta(positive(3, 2), positive(2)), real(2, 3)),
 }
 #: float64 only
 MORE: dict[str, Any] = {
+    "StretchedRectified": lambda: StretchedRectified(dist.Normal(real(3, 2), positive(2)), -0.2, 1.1),
+    "Rectified": lambda: Rectified(dist.Cauchy(real(2), positive(2))),
     "scalar": lambda: HardConcrete(positive(), real()),
     "to_event": lambda: HardConcrete(positive(3, 1), real(2)).to_event(1),
     "has_rsample_": lambda: HardConcrete(positive(2), real(2)).has_rsample_(True),
@@ -144,6 +145,41 @@ class NaivePathwise(HardConcrete):
         return self._pathwise(self._draw(shape))
 
 
+class _ByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, log_mass: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return z.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad * ctx.saved_tensors[0], None
+
+
+class FirstDerivativeByHand(HardConcrete):
+    """Its second derivative is a constant to autograd.grad, whatever once_differentiable says."""
+
+    def icdf(self, value: Tensor) -> Tensor:
+        z = super().icdf(value).detach()
+        inner = self._inside(z)
+        log_mass = self._log_cdf(inner)
+        slope = torch.where(self._is_inside(z), -(log_mass - self._log_density(inner)).exp(), 0.0)
+        return _ByHand.apply(z, log_mass, slope.detach())
+
+
+class ConstantByContext(HardConcrete):
+    """The draw has no gradient in an eager run; torch.jit.trace does not record no_grad."""
+
+    def _stratified(self, shape: Any) -> Tensor:
+        with torch.no_grad():
+            z = self._draw(shape)
+        inner, log_inside = self._inside(z), self._log_weights()[-1]
+        log_mass = self._log_mass(self._zero, inner) - log_inside
+        slope = torch.where(self._is_inside(z), -(log_mass + log_inside - self._log_density(inner)).exp(), 0.0)
+        return _ByHand.apply(z, log_mass, slope.detach())
+
+
 class NoPathInside(HardConcrete):
     def _stratified(self, shape: Any) -> Tensor:
         return self._draw(shape).detach()
@@ -232,6 +268,8 @@ def _not_implemented(p: Any, q: Any) -> Tensor:
         (IcdfDropsTheBatch, "shape of icdf: expected"),
         (ModeDropsTheBatch, r"shape of point_estimate\('mode'\): expected"),
         (NaivePathwise, r"gradient of d\(\): expected"),
+        (ConstantByContext, r"gradient of d\(\) under torch.jit.trace: expected"),
+        (FirstDerivativeByHand, "derivative of the gradient of icdf: expected"),
         (NoPathInside, r"gradient of the score function of d\(\): expected"),
         (ScoreCountsTheInsideTwice, r"gradient of the score function of d\(\): expected"),
         (PathwiseKeepsItsScore, r"score function of d\(\) after has_rsample_\(True\): expected 0"),

@@ -1,0 +1,39 @@
+r"""
+Half precision: noise, quantiles and running sums are computed in float32, and cast; torch only.
+
+float16 has 11 bits and bfloat16 8. An exponential draw is then exactly zero once in :math:`10^7`, a uniform one beside
+an end of [0, 1] does not exist, and a sum stands still once a step is less than a 256th of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x, in float32 if it is in half precision."""
+    return x.float() if x.dtype in HALF else x
+
+
+def multinomial(weights: Tensor, count: int, replacement: bool = False) -> Tensor:
+    """As torch's, which adds up the weights in their own dtype."""
+    return torch.multinomial(widened(weights), count, replacement=replacement)
+
+
+class Accumulating(nn.Module):
+    """A module whose own buffers are running sums, which ``.to(torch.bfloat16)`` leaves as precise as they are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in HALF:
+                self._buffers[name] = widened(old).to(new.device)
+        return self
