@@ -281,9 +281,14 @@ def test_pathwise_draws_with_a_drawn_kl_are_biased() -> None:
 def test_conformance() -> None:
     loc = torch.randn(3, 1, 4, requires_grad=True)
     d = GaussianSparsemax(loc, (torch.rand(2, 4) + 0.1).requires_grad_())
-    check_distribution(d)
-    check_distribution(d.has_rsample_(True))
-    check_distribution(GaussianSparsemax(torch.randn(2, 3, dtype=torch.float32), 0.3).to_event(1))
+    check_distribution(d, draws=1000)
+    check_distribution(d.has_rsample_(True), draws=1000)
+    check_distribution(GaussianSparsemax(torch.randn(2, 3, dtype=torch.float32), 0.3).to_event(1), draws=1000)
+
+
+@pytest.mark.slow
+def test_conformance_at_many_draws() -> None:
+    check_distribution(GaussianSparsemax(torch.randn(3, 1, 4, requires_grad=True), torch.rand(2, 4) + 0.1))
 
 
 def test_shapes() -> None:

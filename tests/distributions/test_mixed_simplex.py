@@ -32,7 +32,7 @@ FACE = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
 # On one face.
 
 
-@pytest.mark.parametrize("family", ["dirichlet", "logistic normal"])
+@pytest.mark.parametrize("family", ["dirichlet", pytest.param("logistic normal", marks=pytest.mark.slow)])
 def test_conventions_on_a_face(family: str) -> None:
     p = attached(random_parameters(4))
     within = FaceDirichlet(p["concentration"]) if family == "dirichlet" else FaceLogisticNormal(p["loc"], p["scale"])

@@ -54,6 +54,9 @@ SMALL = [
     *("Bernoulli, subsampled plate", "Bernoulli, nested plates, sites in the outer", "Bernoulli, masked and scaled"),
     *("Bernoulli, between reparameterised sites", "shared, outside and inside a plate", "outside, sum over a plate"),
     "branch, another site in one branch",
+]
+# With slots in more dims, masks, zeros and sequential sites: fast where few draws are enumerated.
+MORE = [
     *("categorical, outer of two plates", "categorical, five outcomes, outer of two plates"),
     *("categorical, apart in the guide only", "categorical, three in a row"),
     *("categorical, masked", "categorical, masked by a parent", "categorical, masked, sparse", "one-hot, masked"),
@@ -151,6 +154,12 @@ def test_unbiased(name: str) -> None:
     make, refused = UNBIASED[name]
     served = [m for m in SMALL if MODELS[m].kind not in refused and m not in TOO_MANY.get(name, ())]
     check_estimator(make(), models=[replace(MODELS[m], kind="") for m in served])
+
+
+@pytest.mark.parametrize("name", ["exact", pytest.param("Rao-Blackwell by coverage", marks=pytest.mark.slow)])
+def test_unbiased_on_more_models(name: str) -> None:
+    make, refused = UNBIASED[name]
+    check_estimator(make(), models=[replace(MODELS[m], kind="") for m in MORE if MODELS[m].kind not in refused])
 
 
 @pytest.mark.slow
