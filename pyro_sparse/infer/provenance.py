@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_sparse.infer.law import is_point_mass
+from pyro_sparse.infer.law import is_point_mass, law
 
 Labels = frozenset[str]
 
@@ -182,4 +182,7 @@ class LabelDraws(Messenger):
             return
         if not msg["fn"].has_rsample:  # it may share the storage of a parameter, or of a table
             msg["value"] = msg["value"].clone()
-        self.provenance.mark(msg["value"], self.provenance.of(msg["value"]) | {msg["name"]})
+        labels = self.provenance.of(msg["value"]) | {msg["name"]}
+        if (drawn := law(msg["fn"])) is not msg["fn"]:  # the masked log-probability may not tell of its parents
+            labels |= self.provenance.of(drawn.log_prob(msg["value"]))
+        self.provenance.mark(msg["value"], labels)

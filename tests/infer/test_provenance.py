@@ -12,7 +12,7 @@ import torch
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
-from pyro_sparse.estimators import Exact, LeaveOneOut
+from pyro_sparse.estimators import Exact, LeaveOneOut, ScoreFunction
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO
 from pyro_sparse.infer.provenance import Provenance
 from pyro_sparse.testing.outcomes import outcomes
@@ -192,3 +192,26 @@ def test_what_the_prior_depends_on_is_reached_by_the_divergence(second: Any) -> 
     ]
     plates, graph = (gradients(elbo, model, guide) for elbo in elbos)
     torch.testing.assert_close(graph[0], plates[0])
+
+
+@pytest.mark.parametrize("mask", [False, torch.tensor(False)], ids=["bool", "tensor"])
+def test_a_masked_site_between_two(mask: Any) -> None:
+    """Its own log-probability does not tell of its parent; what is drawn does."""
+    table, loc = torch.tensor([[0.0, 1.0], [1.0, -1.0]]), torch.tensor([-1.0, 2.0])
+
+    def guide() -> None:
+        z1 = pyro.sample("z1", dist.Categorical(logits=pyro.param("a", torch.tensor([0.3, -0.2]))))
+        pyro.sample("z2", dist.Categorical(logits=table[z1]).mask(mask))
+
+    def model() -> None:
+        pyro.sample("z1", dist.Categorical(torch.ones(2)))
+        z2 = pyro.sample("z2", dist.Categorical(torch.ones(2)).mask(mask))
+        pyro.sample("x", dist.Normal(loc[z2], 1.0), obs=torch.tensor(0.3))
+
+    means = []
+    for costs in ("plates", "graph"):
+        elbo = EstimatorELBO({"z1": ScoreFunction(), "z2": Exact()}, costs=costs, max_plate_nesting=0)
+        gradients(elbo, model, guide)
+        runs = outcomes(lambda elbo=elbo: gradients(elbo, model, guide, seed=None))
+        means.append(sum(p * g[0] for p, g in runs))
+    torch.testing.assert_close(*means)
