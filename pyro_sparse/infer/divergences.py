@@ -7,19 +7,33 @@ and the same masks lie on both. Elsewhere the two are drawn, where that is unbia
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Independent, OneHotCategorical, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    Independent,
+    OneHotCategorical,
+    Transform,
+    Uniform,
+    kl_divergence,
+)
+
+# Private: there is no public way to ask which formula serves a pair.
+from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 
 from pyro_sparse.distributions.kl import kl_bits, kl_categorical
 from pyro_sparse.distributions.mixed_base import MixedBase, UnknownDivergence
 from pyro_sparse.estimators.base import element
 from pyro_sparse.infer.law import is_point_mass, law
+
+_ON_AN_INTERVAL = (ContinuousBernoulli, Uniform)
 
 
 class NoClosedFormError(Exception):
@@ -107,7 +121,32 @@ def divergence(p: Any, q: Any) -> Tensor:
     for family in (Categorical, OneHotCategorical):
         if isinstance(p, family) and isinstance(q, family):
             return kl_categorical(p, q)
+    _refuse_wrong_ones(p, q)
     return kl_divergence(p, q)
+
+
+def _refuse_wrong_ones(p: Any, q: Any) -> None:
+    """Pairs of which torch's divergence is not, or not always, that of the distributions."""
+    if {ContinuousBernoulli, Uniform} == {kind for d in (p, q) for kind in _ON_AN_INTERVAL if isinstance(d, kind)}:
+        raise NoClosedFormError("torch's divergence between these is infinite")
+    if _dispatch_kl(type(p), type(q)) is _kl_transformed_transformed:  # that of what they transform
+        for transform in [*p.transforms, *q.transforms]:
+            if not transform.bijective:
+                raise NoClosedFormError("a transform that is not one to one")
+            if any(x.requires_grad for x in _tensors(transform)):
+                raise NoClosedFormError("a transform that learns, of which the divergence would lack the derivative")
+
+
+def _tensors(transform: Any) -> Iterator[Tensor]:
+    """Its parameters, and those of what it is made of."""
+    if isinstance(transform, torch.nn.Module):
+        yield from transform.parameters()
+    for value in vars(transform).values():
+        if isinstance(value, Tensor):
+            yield value
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Transform):
+                yield from _tensors(part)
 
 
 def _split_mask(fn: Any) -> tuple[Any, Any]:

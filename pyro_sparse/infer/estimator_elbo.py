@@ -51,7 +51,8 @@ class EstimatorELBO(ELBO, nn.Module):
 
     A factor or an observed site of the guide with ``has_rsample=False`` is the log-density of what the guide drew
     outside of its sample statements, if its value depends on such a draw (dropout apart): then it has a score function,
-    with the baseline that its name or ``"*"`` is given. Else it is a cost with a derivative of its own.
+    with the baseline that its name or ``"*"`` is given. Else it is a cost with a derivative of its own. A cost that
+    depends on noise, such as a loss on augmented data, is to say ``has_rsample=True``.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
@@ -68,6 +69,8 @@ class EstimatorELBO(ELBO, nn.Module):
         costs: ``"plates"``: a site's cost is every term of its plate elements, always right. ``"graph"``: only the
             terms that depend on its draw. At each step the operations of the program are watched for that, which takes
             time: about half of what :class:`~pyro.infer.TraceGraph_ELBO` takes, several times that of ``"plates"``.
+            What other threads compute is not seen, nor what ``torch.Tensor([z])`` takes from a list, as
+            ``torch.tensor`` does.
         kwargs: every keyword of :class:`pyro.infer.ELBO` but ``jit_options``.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_sparse.infer.dependencies import Subsamples, latent_values
 from pyro_sparse.infer.law import is_point_mass
 from pyro_sparse.infer.provenance import OWN, LabelDraws, Provenance
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.undisturbed import random_state_of_python, undisturbed
 
 Guide = Callable[..., Any]
 
@@ -41,7 +41,10 @@ def sites_of_own_draws(
     # What point masses are at is drawn again, to be seen.
     replayed = latent_values(trace, subsamples, lambda node: not is_point_mass(node["fn"]))
     with undisturbed(), poutine.block(), provenance.watching(), LabelDraws(provenance, own_draws=True):
+        before = random_state_of_python()
         again = poutine.trace(poutine.replay(guide, trace=replayed)).get_trace(*args, **kwargs)
+        if random_state_of_python() != before:  # where such a draw went is not seen
+            return frozenset(names)
         again.compute_log_prob(lambda name, node: name in names)
         return {name for name in names if OWN in provenance.of(again.nodes[name].get("log_prob"))}
 

@@ -17,6 +17,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +30,8 @@ OWN = ""  # the label of random numbers that no sample statement drew; no site h
 _NONE: Labels = frozenset()
 # These read memory without an operation; what makes a Python number is one.
 _READING_MEMORY = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
+# These read the elements of a list by no operation that is seen.
+_FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new}
 # Where these look at values, they check them and raise.
 _CHECKERS = ("torch.distributions.", "pyro.", "pyro_sparse.")
 # Their random numbers are a network's noise, not draws.
@@ -49,6 +52,7 @@ class Provenance(TorchDispatchMode):
         self._alive: list[Tensor] = []  # so that no storage is given to another tensor
         self._everywhere: Labels = _NONE
         self.own_draws = own_draws
+        self.supports_higher_order_operators = True  # torch.cond, and its like
         self.takes_elements = False  # whether a number is read to take an element by it
 
     @contextmanager
@@ -86,9 +90,15 @@ class Provenance(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = tree_leaves((args, kwargs))
         labels = self._everywhere | self.of_all(inputs)
+        out = func(*args, **(kwargs or {}))
+        if not isinstance(func, OpOverload):  # of higher order, whose operations are not seen
+            labels |= {OWN} if self.own_draws else _NONE
+            for value in tree_leaves(out):
+                if labels and isinstance(value, Tensor):
+                    self.mark(value, labels)
+            return out
         if self.own_draws and torch.Tag.nondeterministic_seeded in func.tags:
             labels |= {OWN}
-        out = func(*args, **(kwargs or {}))
         if labels:
             for value in tree_leaves((out, _written(func, args, kwargs) if func._schema.is_mutable else ())):
                 if isinstance(value, Tensor):
@@ -123,6 +133,10 @@ class _Leaving(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _READING_MEMORY:
             self.provenance.reach_everything(self.provenance.of_all(args))
+        if func in _FROM_NUMBERS and (labels := self.provenance.of_all(tree_leaves((args, kwargs)))):
+            out = func(*args, **kwargs)
+            self.provenance.mark(out, self.provenance.of(out) | labels)
+            return out
         if func is Tensor.__getitem__ and (labels := self.provenance.of_all(_scalars(args[1]))):
             return self._take_element(func, args, labels)
         if self.provenance.own_draws and any(word in getattr(func, "__name__", "") for word in _REGULARISERS):

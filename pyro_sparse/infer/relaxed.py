@@ -85,7 +85,8 @@ def refuse_indices(find: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         yield
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else ""
-        if _TAKES_INDICES.search(first_line) and (sites := find()):
+        in_range = "out of range" not in first_line and "out of bounds" not in first_line  # an index of the user's own
+        if in_range and _TAKES_INDICES.search(first_line) and (sites := find()):
             raise not_relaxed(sites, f"that raises: {first_line}") from error
         raise
 

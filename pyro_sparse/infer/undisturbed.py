@@ -26,5 +26,11 @@ def random_state() -> tuple[Any, ...]:
     """The state of every generator that a program may draw from, to compare."""
     state = pyro.util.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return *(x.numpy().tobytes() for x in [state["torch"], *cuda]), *random_state_of_python()
+
+
+def random_state_of_python() -> tuple[Any, ...]:
+    """That of the generators that torch does not know: Python's and numpy's."""
+    state = pyro.util.get_rng_state()
     _, keys, *position = state["numpy"]
-    return *(x.numpy().tobytes() for x in [state["torch"], *cuda]), state["random"], keys.tobytes(), position
+    return state["random"], keys.tobytes(), position

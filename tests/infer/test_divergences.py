@@ -122,14 +122,42 @@ def test_saturated_bits_under_a_mask(mask: Any) -> None:
         torch.testing.assert_close(divergence(a, b).reshape(1), expected)
 
 
+def moved(loc: Tensor) -> Any:
+    return dist.TransformedDistribution(dist.Normal(0.3, 1.0), [torch.distributions.AffineTransform(loc, 1.0)])
+
+
+@pytest.mark.parametrize(
+    "q, p",
+    [
+        (moved(torch.zeros(())), moved(torch.zeros(()))),
+        (dist.Gumbel(torch.zeros((), requires_grad=True), 1.0), dist.Gumbel(0.0, 2.0)),
+        (dist.LogNormal(0.0, 1.0), dist.LogNormal(1.0, 1.0)),
+    ],
+)
+def test_transformed_ones_that_have_it(q: Any, p: Any) -> None:
+    assert torch.equal(divergence(q, p), torch.distributions.kl_divergence(q, p))
+
+
 @pytest.mark.parametrize(
     "q, p",
     [
         (dist.Bernoulli(0.5).expand([2]).mask(MASK), dist.Bernoulli(0.5).expand([2]).mask(~MASK)),
         (dist.Bernoulli(0.5).expand([2]).mask(MASK).to_event(1), dist.Bernoulli(0.5).expand([2]).to_event(1)),
         (dist.Delta(torch.tensor(0.5), log_density=2.0), dist.Normal(0.0, 1.0)),
+        (dist.FoldedDistribution(dist.Normal(0.3, 0.8)), dist.FoldedDistribution(dist.Normal(1.0, 1.0))),
+        (dist.FoldedDistribution(dist.Normal(0.3, 0.8)), dist.HalfNormal(1.0)),
+        (moved(torch.zeros((), requires_grad=True)), moved(torch.zeros(()))),
+        (dist.ContinuousBernoulli(0.3), dist.Uniform(0.0, 1.0)),
     ],
-    ids=["other masks", "mask under to_event", "point mass"],
+    ids=[
+        "other masks",
+        "mask under to_event",
+        "point mass",
+        "folded",
+        "folded to half-normal",
+        "learnt map",
+        "interval",
+    ],
 )
 def test_no_closed_form(q: Any, p: Any) -> None:
     with pytest.raises(NoClosedFormError):

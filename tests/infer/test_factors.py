@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -222,6 +224,27 @@ def _loss(elbo: EstimatorELBO, *programs: Any) -> Tensor:
 
 def _w() -> Tensor:
     return pyro.get_param_store()._params["w"]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_draws_that_torch_does_not_know(draw: Any) -> None:
+    """Which of the factors they reach is not seen: each keeps its score function, as Pyro has it."""
+    drawn = []
+
+    def own() -> None:
+        q = dist.Bernoulli(logits=pyro.param("w", torch.tensor(0.4)))
+        drawn.append(float(draw() < q.probs.item()))
+        pyro.factor("q", q.log_prob(torch.tensor(drawn[-1])), has_rsample=False)
+
+    def seen() -> None:
+        pyro.sample("x", dist.Normal(2.0 * drawn[-1], 1.0), obs=torch.tensor(0.7))
+
+    loss = BaselineELBO().differentiable_loss(seen, own)
+    z = torch.tensor(drawn[-2])  # the last one was the side run's
+    q = dist.Bernoulli(logits=_w())
+    f = dist.Normal(2.0 * z, 1.0).log_prob(torch.tensor(0.7)) - q.log_prob(z)
+    (expected,) = torch.autograd.grad(-f.detach() * q.log_prob(z), _w())
+    torch.testing.assert_close(torch.autograd.grad(loss, _w())[0], expected)
 
 
 def test_noise_of_a_regulariser_is_no_draw() -> None:

@@ -55,6 +55,9 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "branch": branch,
     "equal": lambda z: torch.ones(2) * torch.equal(z, torch.ones(())),
     "length": selected,
+    "list": lambda z: torch.tensor([z, 2 * z]),
+    "new": lambda z: torch.ones(1).new_tensor([z, z]),
+    "cond": lambda z: torch.cond(z > 0.5, lambda z: 2 * z, lambda z: 0 * z, (z,)),
     "scripted": lambda z: torch.jit.script(branch)(z),
 }
 
