@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_sparse._autograd import only_again
+from pyro_sparse._autograd import is_tracing, only_again
 
 
 def implicit(
@@ -48,9 +48,8 @@ def implicit(
     ratio = torch.where(inside, exponent.exp().clamp(max=largest), 0.0)
     slope = torch.where(below, -ratio, ratio)
     moved = inner + slope * (_zero_of(first) - level)
-    if not moved.requires_grad:
-        return z.expand(moved.shape)
-    moved = moved + only_again(slope * (_zero_of(log_mass(moved)) - level))
+    if moved.requires_grad or is_tracing():  # a trace may be run with a gradient later
+        moved = moved + only_again(slope * (_zero_of(log_mass(moved)) - level))
     return torch.where(inside, moved, z)
 
 

@@ -17,7 +17,8 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
-from pyro_sparse._precision import widened
+from pyro_sparse._numerics import safe_log
+from pyro_sparse._precision import HALF, widened
 from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.projected import ProjectedDistribution
@@ -27,8 +28,17 @@ from pyro_sparse.distributions.straight_through import BernoulliST, OneHotCatego
 Finite = Categorical | OneHotCategorical | ProjectedDistribution
 
 
-def _log_probs(d: Finite) -> Tensor:
-    return d.logits if isinstance(d, ProjectedDistribution) else exact_logits(d)
+def _probabilities(d: Finite) -> tuple[Tensor, Tensor]:
+    """And their logarithms; those of half precision in float32, where they sum to one."""
+    half = d.probs.dtype in HALF
+    if not isinstance(d, ProjectedDistribution):
+        logits = exact_logits(d)
+        return (d.probs, logits) if not half else (logits.softmax(-1), logits.log_softmax(-1))
+    if not half:
+        return d.probs, d.logits
+    probs = widened(d.probs)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return probs, safe_log(probs)
 
 
 @register_kl(SparseCategorical, SparseCategorical)
@@ -52,7 +62,8 @@ def kl_categorical(p: Finite, q: Finite) -> Tensor:
             f"kl_divergence({p}, {q}): expected as many outcomes in both, got {p.probs.shape[-1]} and "
             f"{q.probs.shape[-1]}. Compare distributions over the same outcomes."
         )
-    return _kl(p.probs, _log_probs(p), _log_probs(q))
+    kl = _kl(*_probabilities(p), _probabilities(q)[1])
+    return kl.to(torch.promote_types(p.probs.dtype, q.probs.dtype))
 
 
 @register_kl(BernoulliST, BernoulliST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -215,3 +216,40 @@ def test_tight_stretches_have_their_gradient_in_float32(family: str) -> None:
 
     for got, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rsample of RectifiedNormal": lambda a: RectifiedNormal(a, 1.0).rsample(),
+    "d() of HardConcrete": lambda a: HardConcrete(0.5, a)(),
+    "icdf of HardConcrete": lambda a: HardConcrete(0.5, a).icdf(torch.tensor(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_trace_made_without_a_gradient_has_one(name: str) -> None:
+    """As one of a Normal has: an evaluation may come first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(DRAWS[name], (torch.zeros(3),), check_trace=False)
+    results = []
+    for function in (traced, DRAWS[name]):
+        a = torch.full((3,), 0.4, requires_grad=True)
+        torch.manual_seed(0)
+        value = function(a)
+        results.append((value.detach(), torch.autograd.grad(value.sum(), a)[0]))
+    torch.testing.assert_close(*results)
+    assert results[0][1].abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its first use of forward mode
+@pytest.mark.parametrize("name", DRAWS)
+def test_forward_mode(name: str) -> None:
+    a = torch.full((20,), 0.4)
+
+    def seeded(a: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return DRAWS[name](a).sum()
+
+    forward, reverse = torch.func.jacfwd(seeded, randomness="same")(a), torch.func.jacrev(seeded)(a)
+    torch.testing.assert_close(forward, reverse)
+    assert reverse.abs().sum() > 0

@@ -170,3 +170,20 @@ def test_stock_distributions_far_apart() -> None:
     s = torch.randn(50, K).requires_grad_()
     got, theirs = (f(stock(False, s), stock(False, s.roll(1, 0))) for f in (kl_categorical, kl_divergence))
     torch.testing.assert_close(got, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [SparseCategorical, SparseOneHotCategorical], ids=lambda f: f.__name__)
+def test_half_precision_is_computed_in_float32(family: Any, dtype: torch.dtype) -> None:
+    """A divergence of close ones is what rounding leaves, and never negative; the control: in half it is."""
+    scores = torch.randn(200, 32).to(dtype)
+    p, q = family(scores), family((1.05 * scores).to(dtype))
+    kl = kl_divergence(p, q)
+    finite = kl.isfinite()
+    assert kl.dtype == dtype and finite.any() and (kl[finite] >= -1e-6).all()
+    assert torch.equal(kl_divergence(p, p), torch.zeros(200, dtype=dtype))
+    exact = [d.probs.double() / d.probs.double().sum(-1, keepdim=True) for d in (p, q)]
+    expected = kl_divergence(SparseCategorical(probs=exact[0]), SparseCategorical(probs=exact[1]))
+    torch.testing.assert_close(kl[finite].double(), expected[finite], rtol=torch.finfo(dtype).eps, atol=1e-6)
+    in_half = (p.probs * (p.logits - q.logits)).nan_to_num(0.0, 0.0, 0.0).sum(-1)
+    assert (in_half[finite] < -1e-4).any()
