@@ -60,7 +60,10 @@ class StretchedRectified(RectifiedDistribution):
         validate_args: as in torch.
 
     Raises:
-        ValueError: for a base that is discrete, multivariate, mixed or has no cdf; ``low >= 0``; ``high <= 1``.
+        ValueError: for a base that is discrete, multivariate, mixed or has no cdf; ``low >= 0``; ``high <= 1``; from
+            mean, variance, entropy and divergences, where the ends of the base's support have a gradient. (A base whose
+            support ends, or whose density bends, inside of (0, 1) has no derivatives of these by a stretch that
+            learns, and no second ones.)
 
     **Reference:** J. Bastings, W. Aziz and I. Titov, *Interpretable neural predictions with differentiable binary
     variables*, ACL 2019, §3.
@@ -132,6 +135,21 @@ class StretchedRectified(RectifiedDistribution):
     def _log_density_at(self, points: Points) -> Tensor:
         right = points.z > 0.5
         return self._log_density(torch.where(right, 1 - points.rest.double(), points.z.double()))
+
+    def _points(self, other: Any = None) -> Points:
+        for d in (self, other):
+            if isinstance(d, StretchedRectified) and torch.is_grad_enabled() and d._ends_learn():
+                raise ValueError(
+                    f"{type(d).__name__}: expected a base whose support stays, for an integral over its density, got "
+                    f"{d.base_dist.support} with ends that learn: their derivative would be missing. Detach them, or "
+                    "take the mean over draws."
+                )
+        return super()._points(other)
+
+    def _ends_learn(self) -> bool:
+        support = self.base_dist.support
+        ends = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+        return any(isinstance(end, Tensor) and end.requires_grad for end in ends)
 
     def _peaks(self) -> list[Tensor]:
         # The middle of the base is where a Laplace density, say, has its corner.
