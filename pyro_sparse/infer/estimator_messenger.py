@@ -116,7 +116,6 @@ class EstimatorMessenger(SparseEnumMessenger):
             msg["fn"] = _with_values(msg["fn"], slots.values.flatten(0, missing))  # those dims have size one
             if estimator.relaxes:
                 msg["fn"] = with_linear_log_prob(msg["fn"], name)
-                self.laws[name] = with_linear_log_prob(self.laws[name], name)
                 self.relaxed.append(name)
         else:
             require_outcomes("Exact", self._site(msg, law(msg["fn"])))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -20,7 +21,7 @@ from pyro_sparse._relaxation import exact_logits, linear_log_prob
 from pyro_sparse.distributions import SparseOneHotCategorical
 from pyro_sparse.distributions.straight_through import is_straight_through, unwrapped
 from pyro_sparse.estimators import Estimator
-from pyro_sparse.infer.law import full_score_parts
+from pyro_sparse.infer.law import full_score_parts, law
 
 _TAKES_INDICES = re.compile(
     "[Ii]ndices|[Ii]ndex|must be long|integer|to be within the support|expected scalar type Long|has to be an int"
@@ -48,7 +49,14 @@ def with_linear_log_prob(fn: Any, site: str) -> Any:
         )
     view = copy.copy(fn)
     view.__dict__["log_prob"] = functools.partial(_linear_log_prob, fn)
+    view.__dict__["score_parts"] = functools.partial(_linear_score_parts, fn)
     return view
+
+
+def _linear_score_parts(fn: Any, value: Tensor) -> ScoreParts:
+    log_prob, drawn = _linear_log_prob(fn, value), law(fn)
+    score = log_prob if drawn is fn else _linear_log_prob(drawn, value)
+    return ScoreParts(log_prob, score, 0)  # type: ignore[arg-type]
 
 
 def _linear_log_prob(fn: Any, value: Tensor) -> Any:

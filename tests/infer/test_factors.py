@@ -162,7 +162,7 @@ def guide_with_a_sampler() -> None:
         ScoreFunction(SampleBaseline()),
         {"q_z": MovingAverage()},
         LeaveOneOut(2),
-        LeaveOneOut(2, vectorized=False),
+        pytest.param(LeaveOneOut(2, vectorized=False), marks=pytest.mark.slow),
         Exact(),
     ],
     ids=["none", "average", "sample", "named", "particles", "one by one", "exact"],

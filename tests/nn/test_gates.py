@@ -145,8 +145,9 @@ def test_finite_at_the_extremes_in_float32(per_example: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiles() -> None:
-    """The warning is torch's, about its own compiler, for any autograd.Function."""
+    """The warnings are torch's, about its own compiler, for any autograd.Function, and where it leaves the graph."""
     torch.manual_seed(0)
     gate, x = HardConcreteGate(3).eval(), torch.randn(4, 3)
     torch.testing.assert_close(torch.compile(gate, backend="eager")(x), gate(x))
