@@ -33,6 +33,7 @@ class HardKumaraswamy(Stretched):
     event                                   ``()``
     ========== ============================ ============
 
+    >>> import torch
     >>> d = HardKumaraswamy(torch.tensor([0.5, 2.0]), torch.tensor([0.5, 2.0]))
     >>> [round(p, 3) for p in d.prob_zero.tolist()], [round(p, 3) for p in d.prob_one.tolist()]
     ([0.157, 0.014], [0.206, 0.026])

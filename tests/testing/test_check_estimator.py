@@ -182,7 +182,8 @@ def test_stock_elbos_are_unbiased(elbo: Callable[..., ELBO]) -> None:
 
 @pytest.mark.slow
 def test_trace_elbo_is_unbiased_on_all_models() -> None:
-    check_estimator(Trace_ELBO)
+    """But those that ask for enumeration, which it has not: it warns."""
+    check_estimator(Trace_ELBO, models=[model for model in estimator_models() if "sequential" not in model.name])
 
 
 def test_another_objective_fails() -> None:
