@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_sparse.testing.comparison import clean_room, wrong_quantities
@@ -101,11 +102,13 @@ def _evaluate(make_elbo: Callable[..., ELBO], case: Case, guide: Callable[..., A
         poutine.replay(case.model, trace=trace)(*case.args)
     parameters = dict(pyro.get_param_store().named_parameters())
     elbo = make_elbo(**case.elbo_options)
+    pyro.set_rng_seed(1)
+    rng = get_rng_state()
     results = {}
     for method in ("loss", "loss_and_grads", "differentiable_loss"):
         for parameter in parameters.values():
             parameter.grad = None
-        pyro.set_rng_seed(1)
+        set_rng_state(rng)
         loss = getattr(elbo, method)(case.model, guide, *case.args)
         results[f"loss of {method}"] = torch.as_tensor(loss).detach()
         if method == "loss":

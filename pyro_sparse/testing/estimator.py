@@ -136,9 +136,10 @@ def _is_refused(model: EstimatorModel, error: Exception, served: set[str]) -> bo
 def _check_model(make_elbo: MakeELBO, model: EstimatorModel, tol: float) -> str:
     """What is wrong on one model; empty if nothing is."""
     with clean_room():
-        for seed in range(FIRST_RUNS):
-            pyro.set_rng_seed(seed)
-            _traces(model.guide, model.model, model.args)
+        pyro.set_rng_seed(0)
+        for _ in range(FIRST_RUNS):
+            guide_trace = poutine.trace(model.guide).get_trace(*model.args)
+            poutine.replay(model.model, trace=guide_trace)(*model.args)
         parameters = dict(pyro.get_param_store().named_parameters())
         elbo: Any = make_elbo(max_plate_nesting=model.max_plate_nesting)
         for _ in range(WARM_UP):

@@ -298,7 +298,12 @@ def test_a_mixture_in_a_plate(estimators: dict[str, Estimator]) -> None:
 
 @pytest.mark.parametrize("options", [{"analytic_kl": True}, {"costs": "graph"}], ids=str)
 @pytest.mark.parametrize(
-    "name", ["moving average", "self-critic", "leave-one-out", "Rao-Blackwell", "DisARM", "exact", "unordered set"]
+    "name",
+    [
+        *("moving average", "DisARM", "exact"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("self-critic", "leave-one-out", "Rao-Blackwell")),
+        pytest.param("unordered set", marks=pytest.mark.slow),
+    ],
 )
 def test_options_of_the_elbo(name: str, options: dict[str, Any]) -> None:
     names = ["Bernoulli, two dependent sites", "Bernoulli, nested plates, sites in the outer"]

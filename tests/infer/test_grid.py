@@ -10,8 +10,16 @@ from pyro_sparse.infer import SparseEnumELBO
 from pyro_sparse.testing.elbo import check_elbo
 from pyro_sparse.testing.models import Case, grid
 
+MODES = ("padded", "union", "auto")
 
-@pytest.mark.parametrize("case", grid(), ids=lambda case: case.name)
-@pytest.mark.parametrize("mode", ["padded", "union", "auto"])
+
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [  # each case in one mode in the fast suite, in the other two in the slow one
+        pytest.param(mode, case, id=f"{mode}-{case.name}", marks=[pytest.mark.slow] if (i + j) % 3 else [])
+        for i, case in enumerate(grid())
+        for j, mode in enumerate(MODES)
+    ],
+)
 def test_equals_dense_enumeration(mode: str, case: Case) -> None:
     check_elbo(partial(SparseEnumELBO, mode=mode), cases=[case])
