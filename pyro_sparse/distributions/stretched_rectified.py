@@ -61,9 +61,9 @@ class StretchedRectified(RectifiedDistribution):
 
     Raises:
         ValueError: for a base that is discrete, multivariate, mixed or has no cdf; ``low >= 0``; ``high <= 1``; from
-            mean, variance, entropy and divergences, where the ends of the base's support have a gradient. (A base whose
-            support ends, or whose density bends, inside of (0, 1) has no derivatives of these by a stretch that
-            learns, and no second ones.)
+            mean, variance, entropy and divergences, where an end of the base's support that lies inside has a gradient,
+            its own or by a stretch that learns. (Where the base's density bends inside of (0, 1), as Laplace's does,
+            second derivatives of these lack what the corner adds.)
 
     **Reference:** J. Bastings, W. Aziz and I. Titov, *Interpretable neural predictions with differentiable binary
     variables*, ACL 2019, §3.
@@ -141,15 +141,22 @@ class StretchedRectified(RectifiedDistribution):
             if isinstance(d, StretchedRectified) and torch.is_grad_enabled() and d._ends_learn():
                 raise ValueError(
                     f"{type(d).__name__}: expected a base whose support stays, for an integral over its density, got "
-                    f"{d.base_dist.support} with ends that learn: their derivative would be missing. Detach them, or "
-                    "take the mean over draws."
+                    f"{d.base_dist.support} with ends that learn, themselves or by low and high: their derivative would "
+                    "be missing. Detach them, or take the mean over draws."
                 )
         return super()._points(other)
 
     def _ends_learn(self) -> bool:
+        """Whether an end of the support that may lie in (0, 1) has a gradient (looks, where the stretch learns)."""
         support = self.base_dist.support
-        ends = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-        return any(isinstance(end, Tensor) and end.requires_grad for end in ends)
+        ends = [end for name in ("lower_bound", "upper_bound") if (end := getattr(support, name, None)) is not None]
+        if any(isinstance(end, Tensor) and end.requires_grad for end in ends):
+            return True
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in (self.low, self.high)):
+            return False
+        outer = [end for end in ends if isinstance(end, Tensor) or end not in (0, 1)]  # those go to low and high
+        inside = [self.low + (self.high - self.low) * end for end in outer]
+        return any(bool(((z > 0) & (z < 1)).any()) for z in map(torch.as_tensor, inside))
 
     def _peaks(self) -> list[Tensor]:
         # The middle of the base is where a Laplace density, say, has its corner.

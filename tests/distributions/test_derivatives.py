@@ -269,3 +269,18 @@ def test_ends_of_a_base_that_learn_are_refused(of: str) -> None:
     (got,) = torch.autograd.grad(d.rsample((200_000,)).mean(), end)
     exact = 0.7 / 1.2 - 0.7**2 / 2 / 1.2**2
     assert abs(got - exact) < 4.5 * 0.5 / 200_000**0.5  # a derivative lies in (0, 1): one seed in 10^5 fails
+
+
+def test_ends_that_a_learnt_stretch_moves_are_refused_inside_only() -> None:
+    low = torch.tensor(-0.5, requires_grad=True)
+
+    def mean(a: float, b: float) -> Tensor:
+        return StretchedRectified(dist.Uniform(torch.tensor(a), torch.tensor(b)), low, 1.5).mean
+
+    with pytest.raises(ValueError, match=r"expected a base whose support stays.*by low and high"):
+        mean(0.3, 1.0)
+    (got,) = torch.autograd.grad(mean(0.1, 0.9), low)  # ends at -.3 and 1.3
+    # E[Z] = (h' - 1/2) / (h' - l') for Z uniform between l' = .9 l + .15 and h' = .1 l + 1.35, both outside of [0, 1]
+    l, h = 0.9 * -0.5 + 0.15, 0.1 * -0.5 + 1.35
+    exact = (0.1 * (h - l) - (h - 0.5) * (0.1 - 0.9)) / (h - l) ** 2
+    torch.testing.assert_close(got, torch.tensor(exact))
