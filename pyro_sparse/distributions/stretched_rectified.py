@@ -141,8 +141,8 @@ class StretchedRectified(RectifiedDistribution):
             if isinstance(d, StretchedRectified) and torch.is_grad_enabled() and d._ends_learn():
                 raise ValueError(
                     f"{type(d).__name__}: expected a base whose support stays, for an integral over its density, got "
-                    f"{d.base_dist.support} with ends that learn, themselves or by low and high: their derivative would "
-                    "be missing. Detach them, or take the mean over draws."
+                    f"{d.base_dist.support} with ends that learn, themselves or by low and high: their derivative "
+                    "would be missing. Detach them, or take the mean over draws."
                 )
         return super()._points(other)
 

@@ -281,6 +281,6 @@ def test_ends_that_a_learnt_stretch_moves_are_refused_inside_only() -> None:
         mean(0.3, 1.0)
     (got,) = torch.autograd.grad(mean(0.1, 0.9), low)  # ends at -.3 and 1.3
     # E[Z] = (h' - 1/2) / (h' - l') for Z uniform between l' = .9 l + .15 and h' = .1 l + 1.35, both outside of [0, 1]
-    l, h = 0.9 * -0.5 + 0.15, 0.1 * -0.5 + 1.35
-    exact = (0.1 * (h - l) - (h - 0.5) * (0.1 - 0.9)) / (h - l) ** 2
+    first, last = 0.9 * -0.5 + 0.15, 0.1 * -0.5 + 1.35
+    exact = (0.1 * (last - first) - (last - 0.5) * (0.1 - 0.9)) / (last - first) ** 2
     torch.testing.assert_close(got, torch.tensor(exact))
