@@ -62,6 +62,7 @@ class Costs:
         for term in self.terms:
             self._check_plates(term)
             value = self.mask(term.value if attached else term.value.detach(), relaxed=False)
+            value = self._without_gaps(value, term.frames)
             key = (term.frames, self.slot_dims(value), term.upstream)
             groups[key] = groups[key] + value if key in groups else value
         self._groups = groups
@@ -75,6 +76,12 @@ class Costs:
                     f"'{term.name}' outside of plate {missing}, where combinations of the values of all elements would "
                     "count. Draw one value per element there: ScoreFunction or LeaveOneOut."
                 )
+
+    def _without_gaps(self, value: Tensor, frames: Collection[Frame]) -> Tensor:
+        """Summed over dims between its plates that are no plate's: nobody says that their elements are independent."""
+        known = {frame.dim for frame in frames}.union(self.slots)
+        gaps = [d for d in range(-value.dim(), 0) if d not in known and value.shape[d] > 1]
+        return value.sum(gaps, keepdim=True) if gaps else value
 
     def slot_dims(self, value: Tensor) -> frozenset[int]:
         """The slot dims along which a tensor varies."""

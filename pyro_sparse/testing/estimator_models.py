@@ -18,6 +18,7 @@ from pyro_sparse.testing.estimator_programs import (
     SPARSE,
     THREE,
     TWO,
+    across_a_gap,
     beside_plate,
     beside_sequential,
     between_normals,
@@ -149,6 +150,7 @@ def _plain_models() -> list[EstimatorModel]:
         _make("vector", "plate", vector_in_plate, nesting=1),
         _make("shared", "outside and inside a plate", shared_latent, BIT, nesting=1),
         _make("outside", "sum over a plate", used_outside, BIT, nesting=1),
+        _make("outside", "across a gap", across_a_gap, BIT, nesting=2),
         _make("branch", "another site in one branch", branch, BIT),
     ]
 

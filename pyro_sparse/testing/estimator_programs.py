@@ -170,6 +170,14 @@ def used_outside(side: str, family: Family) -> None:
     observe(side, z.sum(-1, keepdim=True).long())
 
 
+def across_a_gap(side: str, family: Family) -> None:
+    """Data in a plate, beside the dim of another that they are not in."""
+    with plate("components", 2, dim=-1) as i:
+        z = latent(side, "z", family, i)
+    with plate("data", 2, dim=-2) as j:
+        observe(side, i, j[:, None], z)
+
+
 def outer_of_two(side: str, family: Family, size: int) -> None:
     """A site in a plate on the right of another, in which the data are, too."""
     with plate("docs", size, dim=-1) as i:
