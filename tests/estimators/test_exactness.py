@@ -53,7 +53,7 @@ SMALL = [
     *("one-hot, one site", "categorical, sparse site", "Bernoulli, one site", "Bernoulli, two dependent sites"),
     *("Bernoulli, subsampled plate", "Bernoulli, nested plates, sites in the outer", "Bernoulli, masked and scaled"),
     *("Bernoulli, between reparameterised sites", "shared, outside and inside a plate", "outside, sum over a plate"),
-    "branch, another site in one branch",
+    *("outside, across a gap", "branch, another site in one branch"),
 ]
 # With slots in more dims, masks, zeros and sequential sites: fast where few draws are enumerated.
 MORE = [
