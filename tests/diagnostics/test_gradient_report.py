@@ -315,6 +315,7 @@ def test_a_pathwise_draw_with_atoms_is_trusted_with_an_analytic_kl_only() -> Non
     assert "against its construction" not in str(r)
 
 
+@pytest.mark.slow
 def test_a_pathwise_draw_on_the_simplex_is_not_trusted_either() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -456,6 +457,7 @@ def test_state_is_put_back_after_an_error() -> None:
     assert_same(snapshot([]), before)
 
 
+@pytest.mark.slow
 def test_a_moving_average_begins_where_the_users_is() -> None:
     """With beta this near to one it hardly moves within the report."""
     trained = BaselineELBO(MovingAverage(0.9999), max_plate_nesting=1)

@@ -249,7 +249,7 @@ WRAPPED = ["Trace_ELBO", "TraceGraph_ELBO", "EstimatorELBO, leave-one-out"]
 WRAPPED += ["TraceMeanField_ELBO, pathwise", "BaselineELBO, analytic KL, pathwise"]
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "route", ["Trace_ELBO", "TraceGraph_ELBO", "EstimatorELBO, split", "TraceMeanField_ELBO, pathwise"]
 )

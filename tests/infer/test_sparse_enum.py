@@ -362,7 +362,7 @@ def make_svi(elbo: TraceEnum_ELBO, dense: bool, projection: Any) -> Callable[[],
     return SVI(model, config_enumerate(guide) if dense else guide, pyro.optim.Adam({"lr": 0.1}), elbo).step
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[] if m == "auto" else pytest.mark.slow) for m in MODES])
 @pytest.mark.parametrize("projection", [sparsemax, entmax15])
 def test_trains_to_the_same_parameters_as_dense_enumeration(mode: str, projection: Any) -> None:
     results = []

@@ -145,6 +145,7 @@ def triangle_elbo(t: Tensor) -> Tensor:
     return (w * log_q.exp() * (log_lik(2 * z - (1 - z), DATA[0]) + log_p - log_q)).sum()
 
 
+@pytest.mark.slow
 def test_a_gaussian_sparsemax() -> None:
     exact = exact_gradient(triangle_elbo, torch.tensor([[0.4, -0.1], [-0.5, -0.2]]))
     rows = sampled(lambda: EstimatorELBO(SplitPathwise(MovingAverage())), triangle, 5)
@@ -406,6 +407,7 @@ def test_a_whole_program_in_a_subsampled_plate() -> None:
 # State.
 
 
+@pytest.mark.slow
 def test_a_baseline_learns_the_mean_log_ratio() -> None:
     """At a fixed guide."""
     constant, average = TrainableConstant(), MovingAverage(0.99)

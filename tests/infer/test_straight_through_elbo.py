@@ -304,7 +304,7 @@ def exactly_trained() -> float:
 @pytest.mark.parametrize(
     ("jacobian", "by", "worse"),
     [
-        ("reinmax", "family", 0.1),
+        pytest.param("reinmax", "family", 0.1, marks=pytest.mark.slow),
         pytest.param("reinmax", "estimator", 0.1, marks=pytest.mark.slow),
         pytest.param("gumbel-rao", "estimator", 0.4, marks=pytest.mark.slow),
         pytest.param("gumbel-softmax", "family", 0.4, marks=pytest.mark.slow),

@@ -75,6 +75,7 @@ def test_mixed_supports_differ_between_examples() -> None:
     assert sum(any(sizes.unique().numel() > 1 for sizes, _ in support_sizes(o)) for o in mixed) > len(mixed) / 2
 
 
+@pytest.mark.slow
 def test_every_parameter_matters() -> None:
     """A gradient that is zero throughout would compare nothing."""
     seen, moved = set(), set()
@@ -159,6 +160,7 @@ class WithoutScale(SparseEnumELBO):
         return super()._get_trace(DropScale()(model), DropScale()(guide), args, kwargs)
 
 
+@pytest.mark.slow
 def test_dropped_scale_fails() -> None:
     options = ALL_OPTIONS[::6]
     scaled = {str(o) for o in options if (o.scale, o.subsample) != ("none", "none")}
