@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
 from pyro import poutine
 from torch import Tensor
 
+from pyro_sparse.infer.law import is_point_mass
 from pyro_sparse.infer.provenance import LabelDraws, Labels, Provenance
 from pyro_sparse.infer.undisturbed import undisturbed
 
@@ -27,8 +28,23 @@ def with_ancestors(labels: Labels, parents: Mapping[str, Labels]) -> Labels:
 
 def is_used(program: Any, guide_trace: Any, subsamples: Subsamples, site: str) -> bool:
     """Whether any term but its own depends on a site's value, be it without a derivative."""
+    found = _draws_behind(program, guide_trace, subsamples, lambda name: name != site)
+    return any(site in labels for labels in found.values())
+
+
+def without_draws(program: Any, guide_trace: Any, subsamples: Subsamples, names: Collection[str]) -> frozenset[str]:
+    """Which of these sites have log-probabilities that depend on no draw: factors of parameters and data, say."""
+    found = _draws_behind(program, guide_trace, subsamples, lambda name: name in names)
+    return frozenset(name for name in names if not found.get(name))
+
+
+def _draws_behind(
+    program: Any, guide_trace: Any, subsamples: Subsamples, keep: Callable[[str], bool]
+) -> dict[str, Labels]:
+    """The sites on whose draws each log-probability of a run depends, in guide and model, by a run on the same draws."""
     provenance = Provenance()
-    replayed = latent_values(guide_trace, subsamples, lambda node: True)
+    # What point masses are at is computed again, to be seen: it may depend on draws.
+    replayed = latent_values(guide_trace, subsamples, lambda node: not is_point_mass(node["fn"]))
     # Without validation, since values may lie between the outcomes.
     with pyro.validation_enabled(False), undisturbed(), poutine.block(), provenance.watching():
         with LabelDraws(provenance):
@@ -36,14 +52,13 @@ def is_used(program: Any, guide_trace: Any, subsamples: Subsamples, site: str) -
             own = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
         model = poutine.replay(program.model, trace=own)
         traces = own, poutine.trace(model).get_trace(*program.args, **program.kwargs)
+        found: dict[str, Labels] = {}
         for trace in traces:
-            trace.compute_log_prob(lambda name, node: name != site and name not in subsamples)
-        return any(
-            site in provenance.of(node["log_prob"])
-            for trace in traces
-            for node in trace.nodes.values()
-            if "log_prob" in node
-        )
+            trace.compute_log_prob(lambda name, node: keep(name) and name not in subsamples)
+            for name, node in trace.nodes.items():
+                if "log_prob" in node:
+                    found[name] = found.get(name, frozenset()) | provenance.of(node["log_prob"])
+        return found
 
 
 def latent_values(guide_trace: Any, subsamples: Subsamples, keep: Callable[[Any], bool]) -> poutine.Trace:

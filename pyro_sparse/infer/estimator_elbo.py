@@ -25,7 +25,7 @@ from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.relaxed import refuse_indices, smooth_sites
 from pyro_sparse.infer.sequential import sequential_runs
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.undisturbed import buffers_as_they_were, no_new_parameters, undisturbed
 
 COSTS = ("plates", "graph")
 TWICE = (
@@ -212,23 +212,17 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Learns the plates and sites of a program, from a run that leaves no trace."""
-        store = pyro.get_param_store()
-        known = set(store.keys())
-        try:
-            with undisturbed():
-                with poutine.block():
-                    trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-                found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
-                self._check_names(trace, model, args, kwargs)
-                self._set_particles({name: e for name, e in found.items() if e is not None})
-                slots = any(e is not None and e.draws_slots for e in found.values())
-                if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
-                    served = {name: e for name, e in found.items() if e is not None}
-                    with refuse_indices(lambda: smooth_sites(trace, served)):
-                        self._guess_max_plate_nesting(model, guide, args, kwargs)
-        finally:
-            for name in set(store.keys()) - known:
-                del store[name]  # to be initialised again, by the random numbers that Trace_ELBO would use
+        with no_new_parameters(), undisturbed():
+            with poutine.block():
+                trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+            found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
+            self._check_names(trace, model, args, kwargs)
+            self._set_particles({name: e for name, e in found.items() if e is not None})
+            slots = any(e is not None and e.draws_slots for e in found.values())
+            if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
+                served = {name: e for name, e in found.items() if e is not None}
+                with refuse_indices(lambda: smooth_sites(trace, served)):
+                    self._guess_max_plate_nesting(model, guide, args, kwargs)
         self.assignment.serve()
         self._ready = True
 
@@ -307,7 +301,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
         def rerun(kind: str) -> list[Run]:
             if kind not in reruns:
-                with torch.no_grad():
+                with torch.no_grad(), buffers_as_they_were():
                     reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].subsamples))
             return reruns[kind]
 

@@ -132,7 +132,9 @@ class EstimatorMessenger(SparseEnumMessenger):
         return self.max_plate_nesting + self.num_laid_out
 
     def _site(self, msg: Any, drawn: Any) -> Site:
-        return Site(msg["name"], drawn, data_plates(msg["cond_indep_stack"], {}), self.args, self.kwargs)
+        return Site(
+            msg["name"], drawn, data_plates(msg["cond_indep_stack"], {}, msg["fn"].batch_shape), self.args, self.kwargs
+        )
 
     def _enumerates(self, msg: Any) -> bool:
         return isinstance(self.estimators[msg["name"]], Exact) and super()._enumerates(msg)
@@ -142,13 +144,19 @@ class EstimatorMessenger(SparseEnumMessenger):
             super()._pyro_post_sample(msg)
 
 
-def data_plates(frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor]) -> tuple[Plate, ...]:
-    """The vectorised plates among a site's frames, outermost first, without the particles'."""
-    plates = [
-        Plate(f.name, f.dim, f.size, f.full_size, subsamples.get(f.name))
-        for f in frames
-        if f.vectorized and f.name != PARTICLES
-    ]
+def data_plates(
+    frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor], batch_shape: tuple[int, ...]
+) -> tuple[Plate, ...]:
+    """
+    The vectorised plates among a site's frames, outermost first, without the particles'. One that was made without a
+    size has that of the site's batch.
+    """
+    plates = []
+    for f in frames:
+        if f.vectorized and f.name != PARTICLES:
+            own = batch_shape[f.dim] if len(batch_shape) >= -f.dim else 1
+            size, full_size = (own, own) if f.size == -1 else (f.size, f.full_size)
+            plates.append(Plate(f.name, f.dim, size, full_size, subsamples.get(f.name)))
     return tuple(sorted(plates, key=lambda plate: plate.dim))
 
 

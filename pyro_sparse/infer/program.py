@@ -294,7 +294,7 @@ class Program:
                 continue
             frames = node["cond_indep_stack"]
             fn = messenger.laws.get(name, law(node["fn"]))
-            site = Site(name, fn, data_plates(frames, subsamples), self.args, self.kwargs, log_prob)
+            site = Site(name, fn, data_plates(frames, subsamples, fn.batch_shape), self.args, self.kwargs, log_prob)
             site.value, site.slots = node["value"], messenger.slots.get(name)
             site.options = node["infer"].get("baseline", {})
             dims = frozenset() if dim is None else frozenset([dim])
