@@ -41,7 +41,7 @@ def without_draws(program: Any, guide_trace: Any, subsamples: Subsamples, names:
 def _draws_behind(
     program: Any, guide_trace: Any, subsamples: Subsamples, keep: Callable[[str], bool]
 ) -> dict[str, Labels]:
-    """The sites on whose draws each log-probability of a run depends, in guide and model, by a run on the same draws."""
+    """The sites on whose draws each log-probability of a run depends, found by a run on the same draws."""
     provenance = Provenance()
     # What point masses are at is computed again, to be seen: it may depend on draws.
     replayed = latent_values(guide_trace, subsamples, lambda node: not is_point_mass(node["fn"]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
-from pyro_sparse.infer.assignment import Assignment
+from pyro_sparse.infer.assignment import Assignment, names_in
 from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.estimator_messenger import PARTICLES
@@ -46,8 +46,11 @@ class EstimatorELBO(ELBO, nn.Module):
 
     Which estimator serves a site: ``infer["estimator"]``; else the entry for its name; else Pyro's own
     ``infer["baseline"]``; else ``"*"``; else the plain score function. A site with ``infer["enumerate"]`` is
-    enumerated. An estimator with parameters or buffers that serves several sites is copied for each at the first run,
-    so make torch optimisers after it.
+    enumerated. An estimator with parameters or buffers that serves several sites serves the first itself, and a copy of
+    it each other. Those of sites that are named here are there at once, and of ``"*"`` the first: torch optimisers may
+    be made before the first run. Where ``"*"`` serves several, or the guide's ``infer`` gives one, make them after it;
+    :meth:`__call__` raises, once, if an optimiser leaves such a parameter out. Sites ``z_0``, ``z_1``, ... in a
+    sequential plate share one, by the name ``"z_*"``; layers or time steps with such names outside of one do not.
 
     A factor or an observed site of the guide with ``has_rsample=False`` is the log-density of what the guide drew
     outside of its sample statements, if its value depends on such a draw (dropout apart): then it has a score function,
@@ -228,11 +231,11 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _check_names(self, guide_trace: Any, model: Any, args: Any, kwargs: Any) -> None:
         """Raises for entries of names that neither guide nor model has; warns of those that are observed now."""
-        names = {*guide_trace.stochastic_nodes, *guide_trace.observation_nodes}
+        names = names_in(guide_trace, [*guide_trace.stochastic_nodes, *guide_trace.observation_nodes])
         if waiting := self.assignment.unknown(names):  # for sites that are latent in other batches, perhaps
             with poutine.block():
                 model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-            self.assignment.check_names(names.union(model_trace.observation_nodes))
+            self.assignment.check_names(names | names_in(model_trace, model_trace.observation_nodes))
             warnings.warn(
                 f"EstimatorELBO: expected entries for latent sites, got {sorted(waiting)}, observed in the first "
                 "batch. They serve once the guide draws them; if it never does, leave them out.",
@@ -333,7 +336,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _score_term(self, score: ScoreSite, run: Run, group: list[Run]) -> tuple[Tensor, Any, Update]:
         """One site's share of the surrogate, its estimator's own loss, and the update of its running means."""
-        site, estimator = score.site, self.assignment[score.site.name]
+        site, estimator = score.site, self.assignment.of(score.site.name, score.frames)
         if estimator.num_particles not in (1, self.num_particles):
             raise ValueError(
                 f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__}({estimator.num_particles}) "

@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without gradients; on leaving, buffers and the generators of torch (CPU, GPUs), Python and numpy are as before."""
+    """Without gradients; on leaving, buffers and generators (of torch, CPU and GPUs, Python, numpy) are as before."""
     state = pyro.util.get_rng_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
