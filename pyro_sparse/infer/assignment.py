@@ -259,6 +259,14 @@ class Assignment(nn.Module):
             self.sources.setdefault(name, source)
             if _key(name) not in self.sites:
                 self._serve(name, source)
+        strict = args[1]
+        for key in self.sites if strict else ():  # what a site has learned that came after the state was taken
+            name = _name(key)
+            if key not in keys and name in self.sources and name not in self.entries:
+                source = self.sources[name]
+                if (first := self._sharing(source)) is not None:
+                    fresh = _as_estimator(_as_it_was(source, *self._first[first]))
+                    state_dict.update(fresh.state_dict(prefix=f"{prefix}sites.{key}."))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _source(self, name: str) -> Any:

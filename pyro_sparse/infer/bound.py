@@ -64,5 +64,6 @@ def _common(run: Run) -> frozenset[str]:
     nodes = run.guide_trace.nodes
     drawn = {name for name in run.guide_trace.stochastic_nodes if not is_point_mass(nodes[name]["fn"])}
     inside = [term.frames for term in run.costs.terms if term.name in drawn]
-    outside = {term.name for term in run.costs.terms if inside and frozenset.intersection(*inside) - term.frames}
+    terms = [term for term in run.costs.terms if not term.collapsed]
+    outside = {term.name for term in terms if inside and frozenset.intersection(*inside) - term.frames}
     return without_draws(run.program, run.guide_trace, run.subsamples, outside) if outside else frozenset()

@@ -10,20 +10,21 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.infer.util import torch_item
+from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
-from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
+from pyro_sparse.estimators import VIMCO, Estimator
 from pyro_sparse.infer.assignment import Assignment, names_in
 from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.estimator_messenger import PARTICLES
+from pyro_sparse.infer.explanations import Alone, explained, require_row_by_row
 from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.refusals import refuse_guide_messenger
-from pyro_sparse.infer.relaxed import refuse_indices, smooth_sites
+from pyro_sparse.infer.relaxed import smooth_sites
 from pyro_sparse.infer.sequential import sequential_runs
 from pyro_sparse.infer.undisturbed import buffers_as_they_were, no_new_parameters, undisturbed
 
@@ -108,6 +109,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
+        self._compared = False  # whether the program was the same on several values at once as on each alone
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
@@ -211,7 +213,21 @@ class EstimatorELBO(ELBO, nn.Module):
             yield runs
         else:
             for _ in range(particles):
-                yield list(self._particle(model, guide, args, kwargs))
+                runs = list(self._particle(model, guide, args, kwargs))
+                if runs[0].messenger.estimators and (runs[0].messenger.num_laid_out or self._in_a_plate):
+                    self._check_rows(runs[0].messenger.estimators, Alone(model, guide, args, kwargs))
+                yield runs
+
+    @property
+    def _in_a_plate(self) -> bool:
+        """Whether there is a plate of particles."""
+        return bool(self.vectorize_particles and self.num_particles > 1)
+
+    def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
+        """Raises, at the first run on several values, if the program mixes them."""
+        if is_validation_enabled() and not self._compared:
+            require_row_by_row(alone, estimators)
+            self._compared = True
 
     def _prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Learns the plates and sites of a program, from a run that leaves no trace."""
@@ -224,8 +240,10 @@ class EstimatorELBO(ELBO, nn.Module):
             slots = any(e is not None and e.draws_slots for e in found.values())
             if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
                 served = {name: e for name, e in found.items() if e is not None}
-                with refuse_indices(lambda: smooth_sites(trace, served)):
+                with explained(Alone(model, guide, args, kwargs), lambda: None, lambda: smooth_sites(trace, served)):
                     self._guess_max_plate_nesting(model, guide, args, kwargs)
+            if found and (slots or self._in_a_plate):
+                self._check_rows(found, Alone(model, guide, args, kwargs))
         self.assignment.serve()
         self._ready = True
 
@@ -258,11 +276,12 @@ class EstimatorELBO(ELBO, nn.Module):
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
             return self.max_plate_nesting
 
-        if self.vectorize_particles and self.num_particles > 1:  # whose plates have been counted
+        alone = Alone(model, guide, args, kwargs)
+        if self._in_a_plate:  # whose plates have been counted
             particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
             guide, model = particles(guide), particles(model)
         find, find_for_score = self.assignment.find, self.assignment.find_for_score
-        program = Program(model, guide, args, kwargs, find, find_for_score, count_plates, self.max_plate_nesting)
+        program = Program(model, guide, args, kwargs, find, find_for_score, count_plates, self.max_plate_nesting, alone)
         program.analytic_kl, program.graph = self.analytic_kl, self.costs == "graph"
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
@@ -371,18 +390,3 @@ class EstimatorELBO(ELBO, nn.Module):
         value = value if weight is None else weight * value
         term = value.sum()
         return term if score.scale == 1.0 else term * score.scale, loss, lambda: estimator.update(cost, site)
-
-
-class BaselineELBO(EstimatorELBO):
-    r"""
-    :class:`EstimatorELBO` with the score function and a baseline b, a one-line upgrade of
-    :class:`~pyro.infer.Trace_ELBO`, which it is where b is None.
-
-    Args:
-        baseline: a :class:`~pyro_sparse.estimators.Baseline` for all sites, None, or ``{"site": b, "*": b}``.
-        kwargs: those of :class:`EstimatorELBO`.
-    """
-
-    def __init__(self, baseline: Baseline | Mapping[str, Baseline | None] | None = None, **kwargs: Any) -> None:
-        entries = baseline if isinstance(baseline, Mapping) else {"*": baseline}
-        super().__init__({name: ScoreFunction(b) for name, b in entries.items()}, **kwargs)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import ExpandedDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Independent
@@ -89,7 +90,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         elif estimator.draws_slots:
             self._lay_out_slots(msg, estimator)
         elif self.kind == "mode":
-            msg["value"] = mode(law(msg["fn"]))
+            msg["value"] = mode(law(msg["fn"]), msg["name"])
         elif estimator.splits:
             msg["value"] = estimator.reparameterized(self._site(msg, law(msg["fn"])))
 
@@ -160,17 +161,25 @@ def data_plates(
     return tuple(sorted(plates, key=lambda plate: plate.dim))
 
 
-def mode(fn: Any) -> Tensor:
+def mode(fn: Any, site: str) -> Tensor:
     """The most probable outcome, the first of several; ``fn.mode`` where the outcomes cannot be listed."""
     with torch.no_grad():
         if isinstance(fn, Independent):
-            return mode(fn.base_dist)
-        if not lists_outcomes(fn):
+            return mode(fn.base_dist, site)
+        if lists_outcomes(fn):
+            outcomes = fn.enumerate_support(expand=True)
+            best = fn.log_prob(outcomes).argmax(0, keepdim=True)
+            index = best.reshape(best.shape + (1,) * len(fn.event_shape)).expand((1, *outcomes.shape[1:]))
+            return outcomes.gather(0, index)[0]
+        if isinstance(fn, ExpandedDistribution):
+            return mode(fn.base_dist, site).expand(fn.batch_shape + fn.event_shape)
+        try:
             return fn.mode
-        outcomes = fn.enumerate_support(expand=True)
-        best = fn.log_prob(outcomes).argmax(0, keepdim=True)
-        index = best.reshape(best.shape + (1,) * len(fn.event_shape)).expand((1, *outcomes.shape[1:]))
-        return outcomes.gather(0, index)[0]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"SelfCritic, site '{site}': expected a distribution with a mode, got {fn}. Use SampleBaseline, which "
+                "takes a second draw, or LeaveOneOut(n)."
+            ) from error
 
 
 def _with_values(fn: Any, values: Tensor) -> Any:

@@ -91,7 +91,7 @@ def test_a_point_mass_is_no_draw() -> None:
 
 
 def test_what_depends_on_a_draw_is_refused_by_name() -> None:
-    model, guide = program(lambda w: None, lambda z: pyro.factor("count", z.sum(-1)))
+    model, guide = program(lambda w: None, lambda z: pyro.factor("count", z.sum(-1, keepdim=True)))
     with pytest.raises(ValueError, match=r"site 'z': expected for VIMCO one data plate .*\['count'\] outside"):
         step(model, guide)
 

@@ -196,3 +196,27 @@ def test_what_estimators_print() -> None:
     assert repr(RaoBlackwell(k=2)) == "RaoBlackwell(k=2)"
     assert repr(MovingAverage(num_data=8)) == "MovingAverage(num_data=8)"
     assert repr(TrainableConstant()) == "TrainableConstant()"
+
+
+def test_a_state_from_before_a_site_came_puts_it_back_to_its_beginning() -> None:
+    def model(deep: bool) -> None:
+        for name in ("z", "y")[: 1 + deep]:
+            pyro.sample(name, dist.Bernoulli(0.5))
+        pyro.factor("f", torch.tensor(3.0))
+
+    def guide(deep: bool) -> None:
+        for name in ("z", "y")[: 1 + deep]:
+            pyro.sample(name, dist.Bernoulli(logits=pyro.param(f"logit of {name}", torch.tensor(0.0))))
+
+    elbo = BaselineELBO(Sum(MovingAverage(), TrainableConstant()))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
+    svi.step(False)
+    state = copy.deepcopy(elbo.state_dict())
+    for _ in range(3):
+        svi.step(True)
+    elbo.load_state_dict(state)
+    late: Any = elbo.assignment["y"]
+    assert late.baseline.first.weight == 0 and late.baseline.second.constant == 0
+    svi.step(True)
+    with pytest.raises(RuntimeError, match="Missing key"):  # of a site that is named here it would be a mistake
+        BaselineELBO({"z": MovingAverage()}).load_state_dict({})

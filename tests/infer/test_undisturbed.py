@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_sparse.estimators import Exact, LeaveOneOut, MovingAverage, SampleBaseline, ScoreFunction, SelfCritic
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
+from pyro_sparse.infer.estimator_messenger import mode
 from pyro_sparse.infer.undisturbed import no_new_parameters
 
 X = torch.tensor([[0.3, -1.0], [1.0, 0.2], [-0.4, 0.1]], dtype=torch.float64)
@@ -105,3 +106,32 @@ def test_batch_normalisation_counts_each_step_once(elbo: Any) -> None:
     got, got_mean = statistics(elbo)
     assert got == count
     torch.testing.assert_close(got_mean, mean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Multinomial(2, probs=torch.ones(3)),
+        dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Poisson(torch.ones(2))),
+    ],
+)
+def test_self_critic_without_a_mode(fn: Any) -> None:
+    """Named, before any gradient; a second draw serves."""
+
+    def program() -> None:
+        weight = pyro.param("weight", torch.tensor(0.5))
+        pyro.sample("z", fn)
+        pyro.factor("f", weight, has_rsample=True)
+
+    with pytest.raises(
+        ValueError, match=r"(?s)SelfCritic, site 'z': expected a distribution with a mode.*SampleBaseline"
+    ):
+        EstimatorELBO(ScoreFunction(SelfCritic())).loss_and_grads(program, program)
+    assert pyro.param("weight").grad is None
+    EstimatorELBO(ScoreFunction(SampleBaseline())).loss_and_grads(program, program)
+
+
+def test_the_mode_of_a_wrapped_distribution() -> None:
+    poisson = dist.ExpandedDistribution(dist.Poisson(torch.tensor(2.5)), torch.Size([3]))
+    assert mode(poisson, "z").tolist() == [2.0, 2.0, 2.0]
+    assert mode(poisson.to_event(1), "z").tolist() == [2.0, 2.0, 2.0]
