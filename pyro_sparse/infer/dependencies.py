@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -38,20 +39,30 @@ def without_draws(program: Any, guide_trace: Any, subsamples: Subsamples, names:
     return frozenset(name for name in names if not found.get(name))
 
 
+def priors_that_see_their_draws(program: Any, guide_trace: Any, subsamples: Subsamples) -> frozenset[str]:
+    """
+    The latent sites whose distribution in the model depends on their own draw, through what the guide draws after it:
+    their divergence, given those later draws, is none to average over the guide's distribution.
+    """
+    with _watched(program, guide_trace, subsamples) as (provenance, own, model_trace):
+        own.compute_log_prob(lambda name, node: name not in subsamples)
+        parents = {name: provenance.of(node.get("log_prob")) for name, node in own.nodes.items()}
+        found = set()
+        for name in (name for name in own.stochastic_nodes if name in model_trace and name not in subsamples):
+            node = model_trace.nodes[name]
+            value = node["value"].clone()
+            provenance.mark(value, frozenset())
+            labels = provenance.of(node["fn"].log_prob(value)) | provenance.of(node["mask"])
+            if name in with_ancestors(labels, parents):
+                found.add(name)
+        return frozenset(found)
+
+
 def _draws_behind(
     program: Any, guide_trace: Any, subsamples: Subsamples, keep: Callable[[str], bool]
 ) -> dict[str, Labels]:
     """The sites on whose draws each log-probability of a run depends, found by a run on the same draws."""
-    provenance = Provenance()
-    # What point masses are at is computed again, to be seen: it may depend on draws.
-    replayed = latent_values(guide_trace, subsamples, lambda node: not is_point_mass(node["fn"]))
-    # Without validation, since values may lie between the outcomes.
-    with pyro.validation_enabled(False), undisturbed(), poutine.block(), provenance.watching():
-        with LabelDraws(provenance):
-            guide = poutine.replay(program.guide, trace=replayed)
-            own = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
-        model = poutine.replay(program.model, trace=own)
-        traces = own, poutine.trace(model).get_trace(*program.args, **program.kwargs)
+    with _watched(program, guide_trace, subsamples) as (provenance, *traces):
         found: dict[str, Labels] = {}
         for trace in traces:
             trace.compute_log_prob(lambda name, node: keep(name) and name not in subsamples)
@@ -59,6 +70,21 @@ def _draws_behind(
                 if "log_prob" in node:
                     found[name] = found.get(name, frozenset()) | provenance.of(node["log_prob"])
         return found
+
+
+@contextmanager
+def _watched(program: Any, guide_trace: Any, subsamples: Subsamples) -> Iterator[tuple[Provenance, Any, Any]]:
+    """A run of guide and model on the draws of another one, which are labelled; without validation."""
+    provenance = Provenance()
+    # What point masses are at is computed again, to be seen: it may depend on draws.
+    replayed = latent_values(guide_trace, subsamples, lambda node: not is_point_mass(node["fn"]))
+    # Values may lie between the outcomes.
+    with pyro.validation_enabled(False), undisturbed(), poutine.block(), provenance.watching():
+        with LabelDraws(provenance):
+            guide = poutine.replay(program.guide, trace=replayed)
+            own = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
+        model = poutine.replay(program.model, trace=own)
+        yield provenance, own, poutine.trace(model).get_trace(*program.args, **program.kwargs)
 
 
 def latent_values(guide_trace: Any, subsamples: Subsamples, keep: Callable[[Any], bool]) -> poutine.Trace:

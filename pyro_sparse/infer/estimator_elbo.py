@@ -68,8 +68,9 @@ class EstimatorELBO(ELBO, nn.Module):
         estimator: one :class:`~pyro_sparse.estimators.Estimator` for all sites, or ``{"site": e, "*": e}``.
         analytic_kl: uses closed-form KL divergences where torch has them; at sites with ``StraightThrough`` they are
             used in any case. They are taken only where the same scale and mask lie on both sites; elsewhere both are
-            drawn. Guide and model must have their sites in the same order; a KL stays in the cost of the sites before
-            it.
+            drawn. A KL stays in the cost of the sites before it. Where the model draws its sites in another order than
+            the guide, a further run at each step looks for priors that depend on their own site, through what the guide
+            draws after it: those have none.
         costs: ``"plates"``: a site's cost is every term of its plate elements, always right. ``"graph"``: only the
             terms that depend on its draw. At each step the operations of the program are watched for that, which takes
             time: about half of what :class:`~pyro.infer.TraceGraph_ELBO` takes, several times that of ``"plates"``.

@@ -20,7 +20,7 @@ from pyro_sparse._autograd import reaches
 from pyro_sparse.estimators import Estimator, Exact, LocalExpectation, RaoBlackwell, Site, UnorderedSet
 from pyro_sparse.infer.collapse import ModelEnumMessenger, without_collapsed
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, subsampling_scale, sum_to
-from pyro_sparse.infer.dependencies import is_used
+from pyro_sparse.infer.dependencies import is_used, priors_that_see_their_draws
 from pyro_sparse.infer.divergences import closed_form_divergences, same_order
 from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, PlatesUnknownError, data_plates
 from pyro_sparse.infer.explanations import Alone, explained
@@ -207,8 +207,6 @@ class Program:
                     model_trace, guide_trace = self._traces(tracer, messenger, provenance)
                     names = guide_trace.nodes.items()
                     indices = {name: node["value"] for name, node in names if site_is_subsample(node)}
-                    if messenger.split:
-                        same_order(model_trace, guide_trace)
                     compute_log_probs(
                         model_trace, guide_trace, self.nesting, messenger.reparameterized, messenger.split
                     )
@@ -223,7 +221,7 @@ class Program:
                     f"EstimatorELBO, site '{name}': expected costs='plates' with "
                     f"{type(messenger.estimators[name]).__name__}, got 'graph'. Leave costs out."
                 )
-            kls = self._analytic_kls(model_trace, guide_trace, messenger)
+            kls = self._analytic_kls(model_trace, guide_trace, messenger, indices)
         return self._read(model_trace, guide_trace, messenger, indices, kls, provenance)
 
     def _traces(self, tracer: Any, messenger: EstimatorMessenger, provenance: Provenance | None) -> tuple[Any, Any]:
@@ -311,11 +309,22 @@ class Program:
         estimator = None if node["is_observed"] else messenger.estimators.get(name) or self.find(node)
         return self.find_for_score(node) if estimator is None else estimator
 
-    def _analytic_kls(self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger) -> dict[str, Tensor]:
+    def _analytic_kls(
+        self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger, subsamples: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The KL divergence of each site that has a closed form, if asked for; in any case where it must have one."""
         required = messenger.reparameterized
         names = guide_trace.stochastic_nodes if self.analytic_kl else required
-        kls = closed_form_divergences(model_trace, guide_trace, names, required)
+        circular: frozenset[str] = frozenset()
+        if (names or messenger.split) and not same_order(model_trace, guide_trace):
+            circular = priors_that_see_their_draws(self, guide_trace, subsamples)
+        for name in messenger.split & circular:
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected for SplitPathwise a prior that does not depend on what the "
+                "guide draws after this site from its value, got one that does. Draw the sites in the model's order, "
+                "or use LeaveOneOut."
+            )
+        kls = closed_form_divergences(model_trace, guide_trace, names, required, circular)
         kls = without_collapsed(kls, model_trace, guide_trace, required, messenger.split)
         if is_validation_enabled():
             for name in required:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_sparse.infer.collapse import collapsed_terms
 from pyro_sparse.infer.costs import Frame, SlotDim, Term
 from pyro_sparse.infer.dependencies import with_ancestors
+from pyro_sparse.infer.divergences import same_order
 from pyro_sparse.infer.law import law
 from pyro_sparse.infer.provenance import Provenance
 from pyro_sparse.infer.relaxed import with_fixed_value
@@ -93,12 +94,12 @@ def make_terms(
             value = node["log_prob"]
             path = value if slots else node["log_prob_sum"]
             terms.append(Term(name, value, vectorized(node), path))
-    earlier: set[str] = set()
+    earlier: set[str] = set() if same_order(model_trace, guide_trace) else set(guide_trace.stochastic_nodes)
     for name, node in guide_trace.nodes.items():
         if node["type"] != "sample":
             continue
-        if name in kls:  # it depends on the draws before its own, at most
-            terms.append(Term(name, -kls[name], vectorized(node), -kls[name], frozenset(earlier)))
+        if name in kls:  # it depends on the draws before its own, at most; in any case not on its own
+            terms.append(Term(name, -kls[name], vectorized(node), -kls[name], frozenset(earlier) - {name}))
         else:
             entropy = node["log_prob"] if node["is_observed"] and name not in own else node["score_parts"].entropy_term
             path = None if is_identically_zero(entropy) else -entropy
