@@ -23,8 +23,8 @@ from pyro_sparse.distributions.straight_through import is_straight_through
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import PARAM_PREFIX
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
-from pyro_sparse.infer.exact import run_once
 from pyro_sparse.infer.score_function import jumps
+from pyro_sparse.infer.together import run_once
 from pyro_sparse.infer.undisturbed import undisturbed
 
 PLAIN_RUNS = 10  # in which the parameters are found

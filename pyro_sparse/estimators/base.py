@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -118,6 +119,9 @@ class Baseline(Accumulating):
     def update(self, cost: Tensor, site: Site) -> None:
         """Moves running means by this step's cost, after the old ones were used. The default has none."""
 
+    def extra_repr(self) -> str:
+        return _arguments(self)
+
 
 class Estimator(nn.Module):
     r"""
@@ -172,6 +176,21 @@ class Estimator(nn.Module):
 
     def update(self, cost: Tensor, site: Site) -> None:
         """Moves running means by this step's cost, after the old ones were used. The default has none."""
+
+    def extra_repr(self) -> str:
+        return _arguments(self)
+
+
+def _arguments(module: nn.Module) -> str:
+    """The numbers and words that a module was made with, as they are now; those without a default by place."""
+    shown = []
+    for name, argument in inspect.signature(type(module)).parameters.items():
+        value = getattr(module, name, argument.default)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.detach().tolist()
+        if isinstance(value, bool | int | float | str) and value != argument.default:
+            shown.append(f"{value!r}" if argument.default is argument.empty else f"{name}={value!r}")
+    return ", ".join(shown)
 
 
 def element(fn: Distribution) -> Any:

@@ -66,6 +66,11 @@ class LeaveOneOut(Estimator):
         self.num_particles = n
         self.vectorized = vectorized
 
+    @property
+    def n(self) -> int:
+        """The number of particles."""
+        return self.num_particles
+
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         others = (cost.sum(0) - cost) / (self.num_particles - 1)
         return (cost - others) * site.log_prob, 0.0

@@ -22,7 +22,8 @@ class SplitPathwise(ScoreFunction):
     **Bias:** none if f is continuous in z: a model that asks whether z is zero, or rounds it, has jumps of its own, of
     which only those that leave no derivative at all are found. **Extra model evaluations:** those of the baseline.
     **Needs from the guide:** a mixed distribution with an ``rsample`` and ``has_rsample=False``, alone or under our
-    ``to_event`` and ``mask``, and the same order of sites as in the model.
+    ``to_event`` and ``mask``, and a prior that does not depend on what the guide draws after the
+    site from its value.
 
     When to use it: for latent variables in a plate, where each has a log-ratio of its own, or with a single draw. In a
     digits VAE with ten latents and running means as baselines, after 500 to 1000 steps, its variance was a tenth of the

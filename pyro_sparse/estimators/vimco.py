@@ -40,6 +40,11 @@ class VIMCO(Estimator):
         check_count("VIMCO", n)
         self.num_particles = n
 
+    @property
+    def n(self) -> int:
+        """The number of particles."""
+        return self.num_particles
+
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         """
         Here ``cost`` is :math:`\\log w`, ``(n, *batch)``, attached, and ``site.log_prob`` that of all sampled sites

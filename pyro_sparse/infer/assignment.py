@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from pyro_sparse.estimators import Baseline, Estimator, Exact, MovingAverage, ScoreFunction
-from pyro_sparse.estimators.base import Site
+from pyro_sparse.estimators import Baseline, Estimator, Exact, ScoreFunction
+from pyro_sparse.infer.pyro_baseline import PyroBaseline
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 
 Given = Estimator | Baseline | None
@@ -45,49 +47,14 @@ def config_estimators(
     return poutine.infer_config(guide, config_fn=config)  # type: ignore[arg-type]
 
 
-class PyroBaseline(Baseline):
-    """Pyro's own ``infer={"baseline": {...}}``: decaying average (ours, pooled and bias-corrected), network, value."""
-
-    OPTIONS = ("nn_baseline", "nn_baseline_input", "use_decaying_avg_baseline", "baseline_beta", "baseline_value")
-
-    def __init__(self, site: str, options: Mapping[str, Any]) -> None:
-        super().__init__()
-        if unknown := set(options) - set(self.OPTIONS):
-            raise ValueError(
-                f"EstimatorELBO, site '{site}': expected infer['baseline'] with keys among {self.OPTIONS}, got "
-                f"{sorted(unknown)}. Use those, or infer={{'estimator': ...}}."
-            )
-        if options.get("nn_baseline") is not None and options.get("baseline_value") is not None:
-            raise ValueError(
-                f"EstimatorELBO, site '{site}': expected nn_baseline or baseline_value, got both. Leave one out."
-            )
-        decaying = options.get("use_decaying_avg_baseline", False)
-        self.average = MovingAverage(options.get("baseline_beta", 0.9)) if decaying else None
-
-    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        value = cost.new_zeros(()) if self.average is None else self.average(cost, site)[0]
-        learned = site.options.get("baseline_value")
-        if (network := site.options.get("nn_baseline")) is not None:
-            learned = network(_detach(site.options["nn_baseline_input"]))
-        if learned is None:
-            return value, 0.0
-        # Broadcasting to the left only: a (B, 1) output would make a (B, B) table of differences.
-        if learned.shape != cost.shape[cost.dim() - learned.dim() :]:
-            raise ValueError(
-                f"EstimatorELBO, site '{site.name}': expected a baseline of the cost's shape {tuple(cost.shape)}, got "
-                f"{tuple(learned.shape)}. Squeeze the network's output."
-            )
-        value = value + learned
-        return value, (cost - value).square().sum()
-
-    def update(self, cost: Tensor, site: Site) -> None:
-        if self.average is not None:
-            self.average.update(cost, site)
-
-
 class Assignment(nn.Module):
     """
-    The estimators of an ELBO, one for each site: an object given for one site as it is, for several a copy for each.
+    The estimators of an ELBO, one for each site: an object given for several serves the first, and a copy of it as it
+    was then each other. They are made as soon as their names are known; what ``"*"`` gives waits as ``"*"`` for the
+    first site that it serves, so that its parameters are there from the beginning.
+
+    Sites in a sequential plate whose names differ in the last number only are one: ``z_0``, ``z_1`` are ``z_*``, in
+    dicts, in the param store and in ``state_dict``.
 
     Args:
         given: an estimator for all sites, or one for each site by name, ``"*"`` standing for the others.
@@ -96,13 +63,16 @@ class Assignment(nn.Module):
     def __init__(self, given: Estimator | Mapping[str, Given]) -> None:
         super().__init__()
         entries = given if isinstance(given, Mapping) else {"*": given}
-        # In dicts they are no submodules: what "*" gives is copied to the sites that it serves.
         self.entries = {name: _as_estimator(entry) for name, entry in entries.items()}
         self.sources: dict[str, Any] = {}
         self.sites = nn.ModuleDict()
+        # The sites that an object serves itself: the object, and what it could learn as it was then.
+        self._first: dict[str, tuple[Any, list[Tensor]]] = {}
         for name, entry in self.entries.items():
-            if name != "*" and not _is_shared(name, self.entries):
-                self.sites[_key(name)] = entry
+            if name != "*":
+                self._serve(name, entry)
+        if "*" in self.entries and _state(self.entries["*"]) and self._sharing(self.entries["*"]) is None:
+            self.sites[_key("*")] = self.entries["*"]
         # Made once, and in containers because they are no submodules.
         self._plain, self._exact = (ScoreFunction(),), (Exact(),)
         self._pyro: dict[str, ScoreFunction] = {}  # those of infer["baseline"]
@@ -115,9 +85,7 @@ class Assignment(nn.Module):
             return None
         if not isinstance(asked, Estimator | Baseline):
             raise _no_estimator(f", site '{msg['name']}'", asked)
-        self._keep(msg["name"], asked)
-        served: Any = self.sites[_key(msg["name"])] if _key(msg["name"]) in self.sites else asked
-        return _as_estimator(served)
+        return self._kept(msg, asked)
 
     def find_for_score(self, msg: Any) -> Estimator:
         """
@@ -126,7 +94,7 @@ class Assignment(nn.Module):
         ``"*"`` is given: other estimators would take several draws to be independent that may be one.
         """
         name, infer = msg["name"], msg["infer"]
-        named = infer.get("estimator", self.entries.get(name))
+        named = infer.get("estimator", self._entry(msg))
         asked = self.entries.get("*") if named is None else named
         if not isinstance(asked, ScoreFunction | Baseline):
             if named is not None:
@@ -135,6 +103,24 @@ class Assignment(nn.Module):
                     f"statement of their own makes, got {type(asked).__name__}. Leave it out."
                 )
             asked = self._plain[0]
+        return self._kept(msg, asked)
+
+    def of(self, name: str, frames: Any) -> Estimator:
+        """The estimator that serves a site of this name in these plates."""
+        return self[name if _key(name) in self.sites else group(name, frames)]
+
+    def _entry(self, msg: Any) -> Estimator | None:
+        return self.entries.get(msg["name"], self.entries.get(group(msg["name"], msg["cond_indep_stack"])))
+
+    def _kept(self, msg: Any, asked: Any) -> Estimator:
+        """What stands for an object at a site: itself or a copy, once there is one."""
+        name = msg["name"]
+        if name not in self.entries and name not in self.sources:
+            together = group(name, msg["cond_indep_stack"])
+            other = self.sources.get(together, asked)
+            # Objects of their own in a sequential plate, which the guide gives, stay that.
+            alone = "estimator" in msg["infer"] and other is not asked and (_state(other) or _state(asked))
+            name = name if alone else together
         self._keep(name, asked)
         served: Any = self.sites[_key(name)] if _key(name) in self.sites else asked
         return _as_estimator(served)
@@ -142,7 +128,7 @@ class Assignment(nn.Module):
     def _asked(self, msg: Any) -> Given:
         name, infer = msg["name"], msg["infer"]
         self._warn_unread(msg)
-        asked = infer.get("estimator", self.entries.get(name))
+        asked = infer.get("estimator", self._entry(msg))
         if _is_reparameterized(msg):
             if asked is not None or "baseline" in infer:
                 raise ValueError(
@@ -165,9 +151,10 @@ class Assignment(nn.Module):
             if "estimator" in infer:
                 raise _two_mechanisms(name, "infer['estimator']", "infer['baseline']")
             if asked is None:
-                if name not in self._pyro:
-                    self._pyro[name] = ScoreFunction(PyroBaseline(name, infer["baseline"]))
-                return self._pyro[name]
+                together = group(name, msg["cond_indep_stack"])
+                if together not in self._pyro:
+                    self._pyro[together] = ScoreFunction(PyroBaseline(name, infer["baseline"]))
+                return self._pyro[together]
         asked = self.entries.get("*") if asked is None else asked
         return self._plain[0] if asked is None else asked
 
@@ -182,16 +169,32 @@ class Assignment(nn.Module):
                 f"was loaded into), got a new {asked}, which would forget what was learned. Make it once, outside the "
                 "guide; if the guide's infer names it, run the ELBO once before load_state_dict."
             )
-        if _key(name) in self.sites and self.sites[_key(name)] is not asked:
+        if _key(name) in self.sites and not (before is None and self.entries.get(name) is asked):
             del self.sites[_key(name)]
+            self._first.pop(name, None)
         self.sources[name] = asked
 
     def serve(self) -> None:
         """Gives each site found so far its own estimator; the same again for those that have one."""
         for name, source in self.sources.items():
             if _key(name) not in self.sites:
-                shared = _is_shared(name, self.sources)
-                self.sites[_key(name)] = _as_estimator(copy.deepcopy(source) if shared else source)
+                self._serve(name, source)
+
+    def _serve(self, name: str, source: Any) -> None:
+        first = self._sharing(source)
+        if first is None:
+            if _key("*") in self.sites and _state(self.entries["*"]) & _state(source):
+                del self.sites[_key("*")]
+            if _state(source):
+                self._first[name] = source, [copy.deepcopy(tensor.detach()) for tensor in _learned(source)]
+        else:
+            source = _as_it_was(source, *self._first[first])
+        self.sites[_key(name)] = _as_estimator(source)
+
+    def _sharing(self, source: Any) -> str | None:
+        """The site whose own object learns what this one would learn."""
+        own = _state(source)
+        return next((name for name, (other, _) in self._first.items() if own & _state(other)), None)
 
     def __getitem__(self, name: str) -> Estimator:
         estimator: Any = self.sites[_key(name)]
@@ -226,6 +229,8 @@ class Assignment(nn.Module):
         store = pyro.get_param_store()
         parameters = {}
         for key, estimator in self.sites.items():
+            if key == _key("*"):
+                continue  # it serves no site yet
             for name, parameter in estimator.named_parameters():
                 if parameter.requires_grad:  # the store would train frozen ones
                     parameters[f"{PARAM_PREFIX}${_name(key)}${name}"] = parameter
@@ -242,13 +247,26 @@ class Assignment(nn.Module):
                 store[name] = parameter  # after a load the store has an equal copy of its own
             pyro.param(name, parameter)
 
+    def __getstate__(self) -> dict[str, Any]:
+        for module in (self, *self.entries.values()):
+            without_weak_references(module)
+        return self.__dict__
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        keys = {k[len(prefix + "sites.") :].split(".")[0] for k in state_dict if k.startswith(prefix + "sites.")}
-        sources = {_name(key): self._source(_name(key)) for key in sorted(keys)}
-        for name, source in sources.items():
+        keys = [k[len(prefix + "sites.") :].split(".")[0] for k in state_dict if k.startswith(prefix + "sites.")]
+        for name in dict.fromkeys(_name(key) for key in keys if key != _key("*")):
+            source = self._source(name)
             self.sources.setdefault(name, source)
             if _key(name) not in self.sites:
-                self.sites[_key(name)] = copy.deepcopy(source) if _is_shared(name, sources) else source
+                self._serve(name, source)
+        strict = args[1]
+        for key in self.sites if strict else ():  # what a site has learned that came after the state was taken
+            name = _name(key)
+            if key not in keys and name in self.sources and name not in self.entries:
+                source = self.sources[name]
+                if (first := self._sharing(source)) is not None:
+                    fresh = _as_estimator(_as_it_was(source, *self._first[first]))
+                    state_dict.update(fresh.state_dict(prefix=f"{prefix}sites.{key}."))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _source(self, name: str) -> Any:
@@ -263,18 +281,59 @@ class Assignment(nn.Module):
     def _warn_unread(self, msg: Any) -> None:
         name, infer = msg["name"], msg["infer"]
         options = {option: reader for option, reader in _READ_ELSEWHERE.items() if infer.get(option) is not None}
-        if "enumerate_support" in infer and "enumerate" not in infer and not self._is_exact(name, infer):
+        if "enumerate_support" in infer and "enumerate" not in infer and not self._is_exact(msg):
             options["enumerate_support"] = "SparseEnumELBO, or EstimatorELBO with Exact()"
         for option, reader in options.items():
-            if (name, option) not in self._warned:
-                self._warned.add((name, option))
+            together = group(name, msg["cond_indep_stack"])
+            if (together, option) not in self._warned:
+                self._warned.add((together, option))
                 warnings.warn(
                     f"EstimatorELBO, site '{name}': infer['{option}'] is not read here, but by {reader}. Remove it.",
                     stacklevel=2,
                 )
 
-    def _is_exact(self, name: str, infer: Mapping[str, Any]) -> bool:
-        return isinstance(infer.get("estimator", self.entries.get(name, self.entries.get("*"))), Exact)
+    def _is_exact(self, msg: Any) -> bool:
+        return isinstance(msg["infer"].get("estimator", self._entry(msg) or self.entries.get("*")), Exact)
+
+
+_LAST_NUMBER = re.compile(r"\d+((?:\D?\*)*)$")
+
+
+def group(name: str, frames: Any) -> str:
+    """
+    What the sites of a sequential plate are called together: ``z_*`` for ``z_0``, ``z_1``, ..., in nested ones
+    ``z_*_*``. Elsewhere a number may say which layer or which step it is: there the name is its own.
+    """
+    for frame in frames:
+        if not frame.vectorized:
+            name = _LAST_NUMBER.sub(r"*\1", name)
+    return name
+
+
+def names_in(trace: Any, sites: Iterable[str]) -> set[str]:
+    """The names that entries may have for some sites of a trace."""
+    return {name for site in sites for name in (site, group(site, trace.nodes[site]["cond_indep_stack"]))}
+
+
+def _learned(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _as_it_was(source: Any, other: Any, before: list[Tensor]) -> Any:
+    """A copy of an object, in which all that it shares with another is as it was before that learned."""
+    memo: dict[int, Any] = {}
+    for tensor, value in zip(_learned(other), before, strict=True):
+        if not is_lazy(tensor) and not is_lazy(value):
+            memo[id(tensor)] = twin = copy.deepcopy(tensor)
+            with torch.no_grad():
+                twin.copy_(value)
+    return copy.deepcopy(source, memo)
+
+
+def without_weak_references(module: nn.Module) -> None:
+    """Takes from parameters what Pyro's param store leaves at them, and sets anew at its next use: it has no pickle."""
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
 
 
 def _as_estimator(given: Any) -> Estimator:
@@ -293,13 +352,7 @@ def _no_estimator(site: str, given: Any) -> TypeError:
 
 def _state(module: nn.Module) -> set[int]:
     """What a module may learn, by identity."""
-    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-
-
-def _is_shared(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether one learns what another learns, as ``ScoreFunction(b)`` made twice from one b does."""
-    own = _state(modules[name])
-    return any(own & _state(module) for other, module in modules.items() if other != name)
+    return {id(tensor) for tensor in _learned(module)}
 
 
 def _is_reparameterized(msg: Any) -> bool:
@@ -308,10 +361,6 @@ def _is_reparameterized(msg: Any) -> bool:
 
 def _two_mechanisms(name: str, first: str, second: str) -> ValueError:
     return ValueError(f"EstimatorELBO, site '{name}': expected one mechanism, got {first} and {second}. Leave one out.")
-
-
-def _detach(value: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, value)
 
 
 def _key(name: str) -> str:

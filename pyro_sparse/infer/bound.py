@@ -8,25 +8,32 @@ from torch import Tensor
 
 from pyro_sparse.estimators import VIMCO, Site
 from pyro_sparse.infer.costs import subsampling_scale, sum_to
+from pyro_sparse.infer.dependencies import without_draws
 from pyro_sparse.infer.estimator_messenger import PARTICLES
+from pyro_sparse.infer.law import is_point_mass
 from pyro_sparse.infer.program import Run
 
 
 def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor, Tensor]:
     """
-    The bound, summed over data-plate elements and detached, and its surrogate.
+    The bound, summed over data-plate elements and detached, and its surrogate. What depends on no draw and lies outside
+    of the data plate, such as a penalty on parameters, is the same in all weights: a summand of the bound.
 
     Raises:
         ValueError: naming the site, if a latent lies outside the plates that all sites share, or is enumerated.
     """
-    frames = frozenset.intersection(*(term.frames for term in run.costs.terms))
+    common = _common(run)
+    terms = [term for term in run.costs.terms if term.name not in common]
+    frames = frozenset.intersection(*(term.frames for term in terms))
     data = frozenset(frame for frame in frames if frame.name != PARTICLES)
-    for term in run.costs.terms:
+    for term in terms:
         inside = [frame.name for frame in term.frames - frames]
         if not data and inside and term.name in run.guide_trace.nodes:
+            outside = sorted({other.name for other in terms if not other.frames & (term.frames - frames)})
             raise ValueError(
-                f"EstimatorELBO, site '{term.name}': expected for VIMCO one data plate around all sites, got one "
-                f"in {inside} and sites outside of it, whose weights would be those of all data. Use LeaveOneOut."
+                f"EstimatorELBO, site '{term.name}': expected for VIMCO one data plate around all sites that depend on "
+                f"draws, got one in {inside} and {outside} outside of it, whose weights would be those of all data. "
+                "Use LeaveOneOut."
             )
     if own := [score.site.name for score in run.scores if score.own_draws]:
         raise ValueError(
@@ -39,7 +46,7 @@ def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor,
             "infer['enumerate'] out, or use Exact() for all sites."
         )
     scale = subsampling_scale(frames)
-    weights = [sum_to(term.value, term.frames, frames) for term in run.costs.terms]
+    weights = [sum_to(term.value, term.frames, frames) for term in terms]
     log_weights = (sum(weights[1:], weights[0]) / scale).movedim(particle_dim, 0)
     log_prob = torch.zeros_like(log_weights)
     for score in run.scores:
@@ -47,4 +54,16 @@ def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor,
         log_prob = log_prob + sum_to(score.site.log_prob, vectorized, frames).movedim(particle_dim, 0)
     everything = Site("*", Unit(log_prob), log_prob=log_prob)
     surrogate, _ = vimco(log_weights, everything)
-    return (vimco.bound(log_weights.detach()) * scale).sum(), (surrogate * scale).sum()
+    shared = [term.value.sum() / vimco.num_particles for term in run.costs.terms if term.name in common]
+    value = sum(shared, (vimco.bound(log_weights.detach()) * scale).sum())
+    return value.detach(), sum(shared, (surrogate * scale).sum())
+
+
+def _common(run: Run) -> frozenset[str]:
+    """Names of terms that lie outside of a plate around all latent sites, and depend on no draw."""
+    nodes = run.guide_trace.nodes
+    drawn = {name for name in run.guide_trace.stochastic_nodes if not is_point_mass(nodes[name]["fn"])}
+    inside = [term.frames for term in run.costs.terms if term.name in drawn]
+    terms = [term for term in run.costs.terms if not term.collapsed]
+    outside = {term.name for term in terms if inside and frozenset.intersection(*inside) - term.frames}
+    return without_draws(run.program, run.guide_trace, run.subsamples, outside) if outside else frozenset()

@@ -23,6 +23,7 @@ class Term:
         frames: the site's vectorised plates.
         path: the attached part whose gradient belongs in the surrogate as it is; None if there is none.
         upstream: the score-function sites on whose draws it may depend; None if on all.
+        collapsed: whether sites of the model are summed out in it: then the name is theirs.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Term:
     frames: frozenset[Frame]
     path: Tensor | None
     upstream: frozenset[str] | None = None
+    collapsed: bool = False
 
 
 @dataclass(frozen=True)

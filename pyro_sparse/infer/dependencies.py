@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
 from pyro import poutine
 from torch import Tensor
 
+from pyro_sparse.infer.law import is_point_mass
 from pyro_sparse.infer.provenance import LabelDraws, Labels, Provenance
 from pyro_sparse.infer.undisturbed import undisturbed
 
@@ -27,23 +29,62 @@ def with_ancestors(labels: Labels, parents: Mapping[str, Labels]) -> Labels:
 
 def is_used(program: Any, guide_trace: Any, subsamples: Subsamples, site: str) -> bool:
     """Whether any term but its own depends on a site's value, be it without a derivative."""
+    found = _draws_behind(program, guide_trace, subsamples, lambda name: name != site)
+    return any(site in labels for labels in found.values())
+
+
+def without_draws(program: Any, guide_trace: Any, subsamples: Subsamples, names: Collection[str]) -> frozenset[str]:
+    """Which of these sites have log-probabilities that depend on no draw: factors of parameters and data, say."""
+    found = _draws_behind(program, guide_trace, subsamples, lambda name: name in names)
+    return frozenset(name for name in names if not found.get(name))
+
+
+def priors_that_see_their_draws(program: Any, guide_trace: Any, subsamples: Subsamples) -> frozenset[str]:
+    """
+    The latent sites whose distribution in the model depends on their own draw, through what the guide draws after it:
+    their divergence, given those later draws, is none to average over the guide's distribution.
+    """
+    with _watched(program, guide_trace, subsamples) as (provenance, own, model_trace):
+        own.compute_log_prob(lambda name, node: name not in subsamples)
+        parents = {name: provenance.of(node.get("log_prob")) for name, node in own.nodes.items()}
+        found = set()
+        for name in (name for name in own.stochastic_nodes if name in model_trace and name not in subsamples):
+            node = model_trace.nodes[name]
+            value = node["value"].clone()
+            provenance.mark(value, frozenset())
+            labels = provenance.of(node["fn"].log_prob(value)) | provenance.of(node["mask"])
+            if name in with_ancestors(labels, parents):
+                found.add(name)
+        return frozenset(found)
+
+
+def _draws_behind(
+    program: Any, guide_trace: Any, subsamples: Subsamples, keep: Callable[[str], bool]
+) -> dict[str, Labels]:
+    """The sites on whose draws each log-probability of a run depends, found by a run on the same draws."""
+    with _watched(program, guide_trace, subsamples) as (provenance, *traces):
+        found: dict[str, Labels] = {}
+        for trace in traces:
+            trace.compute_log_prob(lambda name, node: keep(name) and name not in subsamples)
+            for name, node in trace.nodes.items():
+                if "log_prob" in node:
+                    found[name] = found.get(name, frozenset()) | provenance.of(node["log_prob"])
+        return found
+
+
+@contextmanager
+def _watched(program: Any, guide_trace: Any, subsamples: Subsamples) -> Iterator[tuple[Provenance, Any, Any]]:
+    """A run of guide and model on the draws of another one, which are labelled; without validation."""
     provenance = Provenance()
-    replayed = latent_values(guide_trace, subsamples, lambda node: True)
-    # Without validation, since values may lie between the outcomes.
+    # What point masses are at is computed again, to be seen: it may depend on draws.
+    replayed = latent_values(guide_trace, subsamples, lambda node: not is_point_mass(node["fn"]))
+    # Values may lie between the outcomes.
     with pyro.validation_enabled(False), undisturbed(), poutine.block(), provenance.watching():
         with LabelDraws(provenance):
             guide = poutine.replay(program.guide, trace=replayed)
             own = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
         model = poutine.replay(program.model, trace=own)
-        traces = own, poutine.trace(model).get_trace(*program.args, **program.kwargs)
-        for trace in traces:
-            trace.compute_log_prob(lambda name, node: name != site and name not in subsamples)
-        return any(
-            site in provenance.of(node["log_prob"])
-            for trace in traces
-            for node in trace.nodes.values()
-            if "log_prob" in node
-        )
+        yield provenance, own, poutine.trace(model).get_trace(*program.args, **program.kwargs)
 
 
 def latent_values(guide_trace: Any, subsamples: Subsamples, keep: Callable[[Any], bool]) -> poutine.Trace:

@@ -41,15 +41,20 @@ class NoClosedFormError(Exception):
 
 
 def closed_form_divergences(
-    model_trace: Any, guide_trace: Any, names: Collection[str], required: Collection[str]
+    model_trace: Any,
+    guide_trace: Any,
+    names: Collection[str],
+    required: Collection[str],
+    circular: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """
     The KL divergence, scaled and masked, of each of these sites that has a closed form.
 
     Args:
-        model_trace, guide_trace: with the sites in the same order.
+        model_trace, guide_trace: with the sites.
         names: the sites to look at.
         required: those of them that must have one, because their log-probabilities cannot be drawn.
+        circular: sites whose prior depends on what the guide draws from them: they have none.
 
     Raises:
         ValueError: naming the site, where a required one has none, or one that is reparameterised is a mixed variable,
@@ -58,11 +63,13 @@ def closed_form_divergences(
     kls: dict[str, Tensor] = {}
     if not names:
         return kls
-    for name in same_order(model_trace, guide_trace):
+    for name in latent_sites(guide_trace, model_trace):
         if name not in names:
             continue
         guide_site, model_site = guide_trace.nodes[name], model_trace.nodes[name]
         try:
+            if name in circular:
+                raise NoClosedFormError("a prior that depends on what the guide draws after this site, from its value")
             kl = _of_sites(guide_site, model_site)
         except UnknownDivergence:
             if guide_site["fn"].has_rsample:
@@ -77,15 +84,14 @@ def closed_form_divergences(
     return kls
 
 
-def same_order(model_trace: Any, guide_trace: Any) -> list[str]:
-    """The latent sites. A site's own terms then depend on no draw after its own."""
-    latent = [n for n in guide_trace.stochastic_nodes if n in model_trace.nodes]
-    if latent != (order := [n for n in model_trace.stochastic_nodes if n in guide_trace.nodes]):
-        raise ValueError(
-            f"EstimatorELBO: expected the same order of sites in guide and model, got {latent} and {order}. Reorder "
-            "them, or leave out what asks for it: analytic_kl, StraightThrough, SplitPathwise."
-        )
-    return latent
+def latent_sites(trace: Any, other: Any) -> list[str]:
+    """The latent sites of a trace that another has, too, in its order."""
+    return [name for name in trace.stochastic_nodes if name in other.nodes]
+
+
+def same_order(model_trace: Any, guide_trace: Any) -> bool:
+    """Whether guide and model draw their sites in one order: a prior then depends on no draw after its site's own."""
+    return latent_sites(guide_trace, model_trace) == latent_sites(model_trace, guide_trace)
 
 
 def _of_sites(guide_site: Any, model_site: Any) -> Tensor:

@@ -10,22 +10,23 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.infer.util import torch_item
+from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
-from pyro_sparse.estimators import VIMCO, Baseline, Estimator, ScoreFunction
-from pyro_sparse.infer.assignment import Assignment
+from pyro_sparse.estimators import VIMCO, Estimator
+from pyro_sparse.infer.assignment import Assignment, names_in
 from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.estimator_messenger import PARTICLES
+from pyro_sparse.infer.explanations import Alone, explained, require_row_by_row
 from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.refusals import refuse_guide_messenger
-from pyro_sparse.infer.relaxed import refuse_indices, smooth_sites
+from pyro_sparse.infer.relaxed import smooth_sites
 from pyro_sparse.infer.sequential import sequential_runs
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.undisturbed import buffers_as_they_were, no_new_parameters, undisturbed
 
 COSTS = ("plates", "graph")
 TWICE = (
@@ -46,8 +47,11 @@ class EstimatorELBO(ELBO, nn.Module):
 
     Which estimator serves a site: ``infer["estimator"]``; else the entry for its name; else Pyro's own
     ``infer["baseline"]``; else ``"*"``; else the plain score function. A site with ``infer["enumerate"]`` is
-    enumerated. An estimator with parameters or buffers that serves several sites is copied for each at the first run,
-    so make torch optimisers after it.
+    enumerated. An estimator with parameters or buffers that serves several sites serves the first itself, and a copy of
+    it each other. Those of sites that are named here are there at once, and of ``"*"`` the first: torch optimisers may
+    be made before the first run. Where ``"*"`` serves several, or the guide's ``infer`` gives one, make them after it;
+    :meth:`__call__` raises, once, if an optimiser leaves such a parameter out. Sites ``z_0``, ``z_1``, ... in a
+    sequential plate share one, by the name ``"z_*"``; layers or time steps with such names outside of one do not.
 
     A factor or an observed site of the guide with ``has_rsample=False`` is the log-density of what the guide drew
     outside of its sample statements, if its value depends on such a draw (dropout apart): then it has a score function,
@@ -64,8 +68,9 @@ class EstimatorELBO(ELBO, nn.Module):
         estimator: one :class:`~pyro_sparse.estimators.Estimator` for all sites, or ``{"site": e, "*": e}``.
         analytic_kl: uses closed-form KL divergences where torch has them; at sites with ``StraightThrough`` they are
             used in any case. They are taken only where the same scale and mask lie on both sites; elsewhere both are
-            drawn. Guide and model must have their sites in the same order; a KL stays in the cost of the sites before
-            it.
+            drawn. A KL stays in the cost of the sites before it. Where the model draws its sites in another order than
+            the guide, a further run at each step looks for priors that depend on their own site, through what the guide
+            draws after it: those have none.
         costs: ``"plates"``: a site's cost is every term of its plate elements, always right. ``"graph"``: only the
             terms that depend on its draw. At each step the operations of the program are watched for that, which takes
             time: about half of what :class:`~pyro.infer.TraceGraph_ELBO` takes, several times that of ``"plates"``.
@@ -105,6 +110,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
+        self._compared = False  # whether the program was the same on several values at once as on each alone
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
@@ -208,37 +214,47 @@ class EstimatorELBO(ELBO, nn.Module):
             yield runs
         else:
             for _ in range(particles):
-                yield list(self._particle(model, guide, args, kwargs))
+                runs = list(self._particle(model, guide, args, kwargs))
+                if runs[0].messenger.estimators and (runs[0].messenger.num_laid_out or self._in_a_plate):
+                    self._check_rows(runs[0].messenger.estimators, Alone(model, guide, args, kwargs))
+                yield runs
+
+    @property
+    def _in_a_plate(self) -> bool:
+        """Whether there is a plate of particles."""
+        return bool(self.vectorize_particles and self.num_particles > 1)
+
+    def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
+        """Raises, at the first run on several values, if the program mixes them."""
+        if is_validation_enabled() and not self._compared:
+            require_row_by_row(alone, estimators)
+            self._compared = True
 
     def _prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Learns the plates and sites of a program, from a run that leaves no trace."""
-        store = pyro.get_param_store()
-        known = set(store.keys())
-        try:
-            with undisturbed():
-                with poutine.block():
-                    trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-                found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
-                self._check_names(trace, model, args, kwargs)
-                self._set_particles({name: e for name, e in found.items() if e is not None})
-                slots = any(e is not None and e.draws_slots for e in found.values())
-                if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
-                    served = {name: e for name, e in found.items() if e is not None}
-                    with refuse_indices(lambda: smooth_sites(trace, served)):
-                        self._guess_max_plate_nesting(model, guide, args, kwargs)
-        finally:
-            for name in set(store.keys()) - known:
-                del store[name]  # to be initialised again, by the random numbers that Trace_ELBO would use
+        with no_new_parameters(), undisturbed():
+            with poutine.block():
+                trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+            found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
+            self._check_names(trace, model, args, kwargs)
+            self._set_particles({name: e for name, e in found.items() if e is not None})
+            slots = any(e is not None and e.draws_slots for e in found.values())
+            if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
+                served = {name: e for name, e in found.items() if e is not None}
+                with explained(Alone(model, guide, args, kwargs), lambda: None, lambda: smooth_sites(trace, served)):
+                    self._guess_max_plate_nesting(model, guide, args, kwargs)
+            if found and (slots or self._in_a_plate):
+                self._check_rows(found, Alone(model, guide, args, kwargs))
         self.assignment.serve()
         self._ready = True
 
     def _check_names(self, guide_trace: Any, model: Any, args: Any, kwargs: Any) -> None:
         """Raises for entries of names that neither guide nor model has; warns of those that are observed now."""
-        names = {*guide_trace.stochastic_nodes, *guide_trace.observation_nodes}
+        names = names_in(guide_trace, [*guide_trace.stochastic_nodes, *guide_trace.observation_nodes])
         if waiting := self.assignment.unknown(names):  # for sites that are latent in other batches, perhaps
             with poutine.block():
                 model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-            self.assignment.check_names(names.union(model_trace.observation_nodes))
+            self.assignment.check_names(names | names_in(model_trace, model_trace.observation_nodes))
             warnings.warn(
                 f"EstimatorELBO: expected entries for latent sites, got {sorted(waiting)}, observed in the first "
                 "batch. They serve once the guide draws them; if it never does, leave them out.",
@@ -261,11 +277,12 @@ class EstimatorELBO(ELBO, nn.Module):
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
             return self.max_plate_nesting
 
-        if self.vectorize_particles and self.num_particles > 1:  # whose plates have been counted
+        alone = Alone(model, guide, args, kwargs)
+        if self._in_a_plate:  # whose plates have been counted
             particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
             guide, model = particles(guide), particles(model)
         find, find_for_score = self.assignment.find, self.assignment.find_for_score
-        program = Program(model, guide, args, kwargs, find, find_for_score, count_plates, self.max_plate_nesting)
+        program = Program(model, guide, args, kwargs, find, find_for_score, count_plates, self.max_plate_nesting, alone)
         program.analytic_kl, program.graph = self.analytic_kl, self.costs == "graph"
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
@@ -307,7 +324,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
         def rerun(kind: str) -> list[Run]:
             if kind not in reruns:
-                with torch.no_grad():
+                with torch.no_grad(), buffers_as_they_were():
                     reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].subsamples))
             return reruns[kind]
 
@@ -339,7 +356,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _score_term(self, score: ScoreSite, run: Run, group: list[Run]) -> tuple[Tensor, Any, Update]:
         """One site's share of the surrogate, its estimator's own loss, and the update of its running means."""
-        site, estimator = score.site, self.assignment[score.site.name]
+        site, estimator = score.site, self.assignment.of(score.site.name, score.frames)
         if estimator.num_particles not in (1, self.num_particles):
             raise ValueError(
                 f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__}({estimator.num_particles}) "
@@ -374,18 +391,3 @@ class EstimatorELBO(ELBO, nn.Module):
         value = value if weight is None else weight * value
         term = value.sum()
         return term if score.scale == 1.0 else term * score.scale, loss, lambda: estimator.update(cost, site)
-
-
-class BaselineELBO(EstimatorELBO):
-    r"""
-    :class:`EstimatorELBO` with the score function and a baseline b, a one-line upgrade of
-    :class:`~pyro.infer.Trace_ELBO`, which it is where b is None.
-
-    Args:
-        baseline: a :class:`~pyro_sparse.estimators.Baseline` for all sites, None, or ``{"site": b, "*": b}``.
-        kwargs: those of :class:`EstimatorELBO`.
-    """
-
-    def __init__(self, baseline: Baseline | Mapping[str, Baseline | None] | None = None, **kwargs: Any) -> None:
-        entries = baseline if isinstance(baseline, Mapping) else {"*": baseline}
-        super().__init__({name: ScoreFunction(b) for name, b in entries.items()}, **kwargs)

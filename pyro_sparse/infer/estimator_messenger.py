@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import ExpandedDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Independent
@@ -89,7 +90,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         elif estimator.draws_slots:
             self._lay_out_slots(msg, estimator)
         elif self.kind == "mode":
-            msg["value"] = mode(law(msg["fn"]))
+            msg["value"] = mode(law(msg["fn"]), msg["name"])
         elif estimator.splits:
             msg["value"] = estimator.reparameterized(self._site(msg, law(msg["fn"])))
 
@@ -132,7 +133,9 @@ class EstimatorMessenger(SparseEnumMessenger):
         return self.max_plate_nesting + self.num_laid_out
 
     def _site(self, msg: Any, drawn: Any) -> Site:
-        return Site(msg["name"], drawn, data_plates(msg["cond_indep_stack"], {}), self.args, self.kwargs)
+        return Site(
+            msg["name"], drawn, data_plates(msg["cond_indep_stack"], {}, msg["fn"].batch_shape), self.args, self.kwargs
+        )
 
     def _enumerates(self, msg: Any) -> bool:
         return isinstance(self.estimators[msg["name"]], Exact) and super()._enumerates(msg)
@@ -142,27 +145,41 @@ class EstimatorMessenger(SparseEnumMessenger):
             super()._pyro_post_sample(msg)
 
 
-def data_plates(frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor]) -> tuple[Plate, ...]:
-    """The vectorised plates among a site's frames, outermost first, without the particles'."""
-    plates = [
-        Plate(f.name, f.dim, f.size, f.full_size, subsamples.get(f.name))
-        for f in frames
-        if f.vectorized and f.name != PARTICLES
-    ]
+def data_plates(
+    frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor], batch_shape: tuple[int, ...]
+) -> tuple[Plate, ...]:
+    """
+    The vectorised plates among a site's frames, outermost first, without the particles'. One that was made without a
+    size has that of the site's batch.
+    """
+    plates = []
+    for f in frames:
+        if f.vectorized and f.name != PARTICLES:
+            own = batch_shape[f.dim] if len(batch_shape) >= -f.dim else 1
+            size, full_size = (own, own) if f.size == -1 else (f.size, f.full_size)
+            plates.append(Plate(f.name, f.dim, size, full_size, subsamples.get(f.name)))
     return tuple(sorted(plates, key=lambda plate: plate.dim))
 
 
-def mode(fn: Any) -> Tensor:
+def mode(fn: Any, site: str) -> Tensor:
     """The most probable outcome, the first of several; ``fn.mode`` where the outcomes cannot be listed."""
     with torch.no_grad():
         if isinstance(fn, Independent):
-            return mode(fn.base_dist)
-        if not lists_outcomes(fn):
+            return mode(fn.base_dist, site)
+        if lists_outcomes(fn):
+            outcomes = fn.enumerate_support(expand=True)
+            best = fn.log_prob(outcomes).argmax(0, keepdim=True)
+            index = best.reshape(best.shape + (1,) * len(fn.event_shape)).expand((1, *outcomes.shape[1:]))
+            return outcomes.gather(0, index)[0]
+        if isinstance(fn, ExpandedDistribution):
+            return mode(fn.base_dist, site).expand(fn.batch_shape + fn.event_shape)
+        try:
             return fn.mode
-        outcomes = fn.enumerate_support(expand=True)
-        best = fn.log_prob(outcomes).argmax(0, keepdim=True)
-        index = best.reshape(best.shape + (1,) * len(fn.event_shape)).expand((1, *outcomes.shape[1:]))
-        return outcomes.gather(0, index)[0]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"SelfCritic, site '{site}': expected a distribution with a mode, got {fn}. Use SampleBaseline, which "
+                "takes a second draw, or LeaveOneOut(n)."
+            ) from error
 
 
 def _with_values(fn: Any, values: Tensor) -> Any:

@@ -22,11 +22,11 @@ from pyro_sparse.infer.factors import as_costs
 from pyro_sparse.infer.law import full_score_parts, law
 from pyro_sparse.infer.messenger import enumerate_values
 from pyro_sparse.infer.refusals import refuse_guide_messenger
+from pyro_sparse.infer.together import nesting_of, run_once
 from pyro_sparse.infer.undisturbed import random_state, undisturbed
 
 STRATEGIES = ("parallel", "sequential")
 MAX_OUTCOMES = 4096
-DRAWS = 3  # to see whether a program runs on several values at once
 
 
 class NoiseLeftError(ValueError):
@@ -132,7 +132,7 @@ class EnumeratedELBO(TraceEnum_ELBO):
         if self.max_plate_nesting == float("inf"):
             with torch.no_grad(), poutine.block():
                 traces = run_once(model, guide, args, kwargs)
-            self.max_plate_nesting = _nesting(traces)
+            self.max_plate_nesting = nesting_of(traces)
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         refuse_guide_messenger("EnumeratedELBO", guide)
@@ -221,91 +221,3 @@ class _EnumerateAll(Messenger):
                 f"EnumeratedELBO: expected at most max_outcomes={self.max_outcomes} combinations of outcomes, got "
                 f"{total}. Raise max_outcomes, or use an estimator that draws."
             )
-
-
-def why_one_by_one(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """
-    Why guide and model cannot run on several values of their sites at once, as parallel enumeration asks of them;
-    empty if they can.
-
-    Runs them on a few draws one by one and on all together, in a dim to the left of the plates, and compares the
-    log-probabilities. A program may run on all together without an error and be wrong: where it branches on
-    ``z.sum()``, or has a batch normalisation.
-    """
-    with undisturbed(), poutine.block():
-        fixed = poutine.Trace()  # all runs see the same subsample
-        runs = []
-        for _ in range(DRAWS):
-            runs.append(run_once(model, guide, args, kwargs, fixed))
-            for name, site in _sites(runs[-1]).items():
-                if name not in fixed and site_is_subsample(site):
-                    fixed.add_node(name, **site)
-        nesting = _nesting(runs[0])
-        try:
-            together = run_once(model, guide, args, kwargs, _stack(runs, fixed, nesting))
-            each = [_log_probs(pair) for pair in runs]
-            differing = [
-                name
-                for (role, name), value in _log_probs(together).items()
-                if not _agree(value, [log_probs[role, name] for log_probs in each], nesting)
-            ]
-        except Exception as error:  # whatever it is: the same program has just run on one value
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-    return f"other log-probabilities at {sorted(set(differing))}" if differing else ""
-
-
-def run_once(
-    model: Any, guide: Any, args: Any, kwargs: Any, given: poutine.Trace | None = None
-) -> tuple[poutine.Trace, poutine.Trace]:
-    """The traces of one ordinary run of guide and model, with log-probabilities. Sites in ``given`` take its values."""
-    given = poutine.Trace() if given is None else given
-    guide_trace = poutine.trace(poutine.replay(guide, trace=given)).get_trace(*args, **kwargs)
-    latent = given.copy()
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample":
-            latent.nodes[name] = site  # add_node would warn of names that both have
-    model_trace = poutine.trace(poutine.replay(model, trace=latent)).get_trace(*args, **kwargs)
-    guide_trace.compute_log_prob()
-    model_trace.compute_log_prob()
-    return guide_trace, model_trace
-
-
-def _sites(traces: Iterable[poutine.Trace]) -> dict[str, Any]:
-    """The sample sites of guide and model, the guide's where both have one."""
-    return {n: s for trace in reversed([*traces]) for n, s in trace.nodes.items() if s["type"] == "sample"}
-
-
-def _nesting(traces: Iterable[poutine.Trace]) -> int:
-    frames = [frame for site in _sites(traces).values() for frame in site["cond_indep_stack"] if frame.vectorized]
-    return max((-frame.dim for frame in frames), default=0)
-
-
-def _log_probs(traces: Iterable[poutine.Trace]) -> dict[tuple[int, str], Tensor]:
-    return {
-        (role, name): site["log_prob"]
-        for role, trace in enumerate(traces)
-        for name, site in _sites([trace]).items()
-        if not site_is_subsample(site)
-    }
-
-
-def _stack(runs: Any, fixed: poutine.Trace, nesting: int) -> poutine.Trace:
-    """The values of all runs, in a dim to the left of all plates."""
-    sites = [_sites(pair) for pair in runs]
-    stacked = fixed.copy()
-    for name, site in sites[0].items():
-        if not site["is_observed"] and name not in fixed:
-            values = [each[name]["value"] for each in sites]
-            missing = (1,) * (nesting + site["fn"].event_dim - values[0].dim())
-            values = [value.reshape(missing + value.shape) for value in values]
-            stacked.add_node(name, **{**site, "value": torch.stack(values), "infer": {}})
-    return stacked
-
-
-def _agree(together: Tensor, each: list[Tensor], nesting: int) -> bool:
-    tolerance = 3 * torch.finfo(together.dtype).eps ** 0.5
-    rows = together.expand(torch.broadcast_shapes(together.shape, (len(each),) + (1,) * nesting))
-    return all(
-        torch.allclose(row, x.expand(row.shape), rtol=tolerance, atol=tolerance, equal_nan=True)
-        for row, x in zip(rows, each, strict=True)
-    )

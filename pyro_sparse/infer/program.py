@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,14 +18,16 @@ from torch import Tensor
 
 from pyro_sparse._autograd import reaches
 from pyro_sparse.estimators import Estimator, Exact, LocalExpectation, RaoBlackwell, Site, UnorderedSet
+from pyro_sparse.infer.collapse import ModelEnumMessenger, without_collapsed
 from pyro_sparse.infer.costs import Costs, Frame, SlotDim, subsampling_scale, sum_to
-from pyro_sparse.infer.dependencies import is_used
+from pyro_sparse.infer.dependencies import is_used, priors_that_see_their_draws
 from pyro_sparse.infer.divergences import closed_form_divergences, same_order
 from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, PlatesUnknownError, data_plates
+from pyro_sparse.infer.explanations import Alone, explained
 from pyro_sparse.infer.factors import sites_of_own_draws
 from pyro_sparse.infer.law import law
 from pyro_sparse.infer.provenance import LabelDraws, Provenance
-from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, refuse_indices, smooth_sites
+from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, smooth_sites
 from pyro_sparse.infer.terms import (
     attached_without_draw,
     compute_log_probs,
@@ -37,9 +38,6 @@ from pyro_sparse.infer.terms import (
     vectorized,
 )
 
-_BRANCHES = re.compile(
-    "Boolean value of Tensor with more than one value|cannot be converted to Scalar|only integer tensors of a single"
-)
 # Given all outcomes they are one and the same: the sum of the costs, weighted by probabilities.
 _SUMS = (Exact.forward, RaoBlackwell.forward, UnorderedSet.forward, LocalExpectation.forward)
 
@@ -166,6 +164,7 @@ class Program:
         find_for_score: gives that of a score function for which no draw of a latent site accounts.
         count_plates: gives the number of dims that plates may have: those to the left belong to slots.
         nesting: that number; infinite where it is not known yet.
+        alone: the same without a plate of particles around guide and model.
         analytic_kl: whether closed-form KL divergences stand for log-probabilities.
         graph: whether a site's cost has only the terms that depend on its draw.
     """
@@ -178,6 +177,7 @@ class Program:
     find_for_score: Callable[[Any], Estimator]
     count_plates: Callable[[], float]
     nesting: float
+    alone: Alone
     analytic_kl: bool = False
     graph: bool = False
 
@@ -203,8 +203,13 @@ class Program:
             if provenance is not None:
                 stack.enter_context(provenance.watching())
             try:
-                with refuse_indices(lambda: smooth_sites(tracer.msngr.trace, messenger.estimators)):
+                with self._explained(tracer, messenger):
                     model_trace, guide_trace = self._traces(tracer, messenger, provenance)
+                    names = guide_trace.nodes.items()
+                    indices = {name: node["value"] for name, node in names if site_is_subsample(node)}
+                    compute_log_probs(
+                        model_trace, guide_trace, self.nesting, messenger.reparameterized, messenger.split
+                    )
             except PlatesUnknownError:
                 self.nesting = self.count_plates()
                 begun = tracer.msngr.trace  # else the branches that lead to slots would be drawn less often
@@ -216,29 +221,27 @@ class Program:
                     f"EstimatorELBO, site '{name}': expected costs='plates' with "
                     f"{type(messenger.estimators[name]).__name__}, got 'graph'. Leave costs out."
                 )
-            if messenger.split:
-                same_order(model_trace, guide_trace)
-            indices = {name: node["value"] for name, node in guide_trace.nodes.items() if site_is_subsample(node)}
-            compute_log_probs(model_trace, guide_trace, self.nesting, messenger.reparameterized, messenger.split)
-            kls = self._analytic_kls(model_trace, guide_trace, messenger)
+            kls = self._analytic_kls(model_trace, guide_trace, messenger, indices)
         return self._read(model_trace, guide_trace, messenger, indices, kls, provenance)
 
     def _traces(self, tracer: Any, messenger: EstimatorMessenger, provenance: Provenance | None) -> tuple[Any, Any]:
-        try:
-            with ExitStack() as stack:
-                if provenance is not None:
-                    stack.enter_context(LabelDraws(provenance))
-                guide_trace = tracer.get_trace(*self.args, **self.kwargs)
-            model = poutine.replay(self.model, trace=guide_trace)
-            model = LinearLogProbs(messenger.relaxed)(model) if messenger.relaxed else model
-            return poutine.trace(model).get_trace(*self.args, **self.kwargs), guide_trace
-        except (RuntimeError, TypeError) as error:
-            if not _BRANCHES.search(str(error)):
-                raise
-            nodes = tracer.msngr.trace.nodes.items()  # as far as it came
-            drawn = [(name, node) for name, node in nodes if node["type"] == "sample" and not site_is_subsample(node)]
-            found = {name: messenger.estimators.get(name) or self.find(node) for name, node in drawn}
-            raise _branches_in_python(found, error) from error
+        with ExitStack() as stack:
+            if provenance is not None:
+                stack.enter_context(LabelDraws(provenance))
+            guide_trace = tracer.get_trace(*self.args, **self.kwargs)
+        sites = [name for name, node in guide_trace.nodes.items() if node["type"] == "sample"]
+        enumerated = ModelEnumMessenger(self.nesting, sites)(self.model)
+        model = poutine.replay(enumerated, trace=guide_trace)
+        model = LinearLogProbs(messenger.relaxed)(model) if messenger.relaxed else model
+        return poutine.trace(model).get_trace(*self.args, **self.kwargs), guide_trace
+
+    def _explained(self, tracer: Any, messenger: EstimatorMessenger) -> AbstractContextManager[None]:
+        """Around runs of guide and model."""
+
+        def several() -> Mapping[str, Estimator | None] | None:
+            return messenger.estimators if messenger.num_laid_out or self.model is not self.alone.model else None
+
+        return explained(self.alone, several, lambda: smooth_sites(tracer.msngr.trace, messenger.estimators))
 
     def _read(
         self,
@@ -294,7 +297,7 @@ class Program:
                 continue
             frames = node["cond_indep_stack"]
             fn = messenger.laws.get(name, law(node["fn"]))
-            site = Site(name, fn, data_plates(frames, subsamples), self.args, self.kwargs, log_prob)
+            site = Site(name, fn, data_plates(frames, subsamples, fn.batch_shape), self.args, self.kwargs, log_prob)
             site.value, site.slots = node["value"], messenger.slots.get(name)
             site.options = node["infer"].get("baseline", {})
             dims = frozenset() if dim is None else frozenset([dim])
@@ -306,11 +309,23 @@ class Program:
         estimator = None if node["is_observed"] else messenger.estimators.get(name) or self.find(node)
         return self.find_for_score(node) if estimator is None else estimator
 
-    def _analytic_kls(self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger) -> dict[str, Tensor]:
+    def _analytic_kls(
+        self, model_trace: Any, guide_trace: Any, messenger: EstimatorMessenger, subsamples: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The KL divergence of each site that has a closed form, if asked for; in any case where it must have one."""
         required = messenger.reparameterized
         names = guide_trace.stochastic_nodes if self.analytic_kl else required
-        kls = closed_form_divergences(model_trace, guide_trace, names, required)
+        circular: frozenset[str] = frozenset()
+        if (names or messenger.split) and not same_order(model_trace, guide_trace):
+            circular = priors_that_see_their_draws(self, guide_trace, subsamples)
+        for name in messenger.split & circular:
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected for SplitPathwise a prior that does not depend on what the "
+                "guide draws after this site from its value, got one that does. Draw the sites in the model's order, "
+                "or use LeaveOneOut."
+            )
+        kls = closed_form_divergences(model_trace, guide_trace, names, required, circular)
+        kls = without_collapsed(kls, model_trace, guide_trace, required, messenger.split)
         if is_validation_enabled():
             for name in required:
                 as_log_prob: Any = {**guide_trace.nodes[name], "log_prob": kls[name]}
@@ -332,18 +347,4 @@ def _sequential_after(guide_trace: Any, parents: list[str]) -> ValueError:
         f"EstimatorELBO, site {sites}: expected sequential enumeration at a site whose probabilities are the same for "
         f"all values of others, got one that depends on {parents}, of which several values are run at once. Enumerate "
         "both alike, or use SparseEnumELBO."
-    )
-
-
-def _branches_in_python(estimators: Mapping[str, Estimator | None], error: Exception) -> ValueError:
-    several = [
-        f"'{name}' ({type(e).__name__})"
-        for name, e in estimators.items()
-        if e is not None and (e.draws_slots or e.num_particles > 1)
-    ]
-    where = "site " + " or ".join(several) if several else "vectorised particles"
-    return ValueError(
-        f"EstimatorELBO, {where}: expected a program that runs on several values at once, got one that needs a single "
-        f"one ({str(error).splitlines()[0]}). Use torch.where in place of a Python branch, or ScoreFunction, "
-        "LeaveOneOut(n, vectorized=False), or Exact with infer={'enumerate': 'sequential'}."
     )

@@ -44,14 +44,16 @@ class Provenance(TorchDispatchMode):
 
     Args:
         own_draws: whether the results of random operations get the label ``OWN``.
+        noise: whether those of dropout and its like do so, too.
     """
 
-    def __init__(self, own_draws: bool = False) -> None:
+    def __init__(self, own_draws: bool = False, noise: bool = False) -> None:
         super().__init__()
         self._labels: dict[int, Labels] = {}  # by storage: views and what is written in place share theirs
         self._alive: list[Tensor] = []  # so that no storage is given to another tensor
         self._everywhere: Labels = _NONE
         self.own_draws = own_draws
+        self.noise = noise
         self.supports_higher_order_operators = True  # torch.cond, and its like
         self.takes_elements = False  # whether a number is read to take an element by it
 
@@ -139,7 +141,8 @@ class _Leaving(TorchFunctionMode):
             return out
         if func is Tensor.__getitem__ and (labels := self.provenance.of_all(_scalars(args[1]))):
             return self._take_element(func, args, labels)
-        if self.provenance.own_draws and any(word in getattr(func, "__name__", "") for word in _REGULARISERS):
+        own_draws_only = self.provenance.own_draws and not self.provenance.noise
+        if own_draws_only and any(word in getattr(func, "__name__", "") for word in _REGULARISERS):
             self.provenance.own_draws = False
             try:
                 return func(*args, **kwargs)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +20,6 @@ from pyro_sparse.distributions import SparseOneHotCategorical
 from pyro_sparse.distributions.straight_through import is_straight_through, unwrapped
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.law import full_score_parts, law
-
-_TAKES_INDICES = re.compile(
-    "[Ii]ndices|[Ii]ndex|must be long|integer|to be within the support|expected scalar type Long|has to be an int"
-)
 
 
 class LinearLogProbs(Messenger):
@@ -84,19 +78,6 @@ def smooth_sites(trace: Any, estimators: Mapping[str, Estimator]) -> dict[str, A
         if node["type"] == "sample" and is_straight_through(node["fn"]):
             found[name] = node["fn"]
     return found
-
-
-@contextmanager
-def refuse_indices(find: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
-    """Names the smooth sites where a model that wants indices meets unit vectors, or points between them."""
-    try:
-        yield
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else ""
-        in_range = "out of range" not in first_line and "out of bounds" not in first_line  # an index of the user's own
-        if in_range and _TAKES_INDICES.search(first_line) and (sites := find()):
-            raise not_relaxed(sites, f"that raises: {first_line}") from error
-        raise
 
 
 def not_relaxed(sites: Mapping[str, Any], got: str) -> ValueError:

@@ -147,7 +147,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
             model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
             self._warn_unread_options(guide_trace)
             sites = {**guide_enum.sites, **model_enum.sites}
-            if not sites:
+            if not sites and guide_trace.stochastic_nodes:
                 self._warn_no_sparse_site(guide_trace)
             record.add(sites, model_trace, guide_trace)
             _refuse_zero_prior(guide_enum.sites, model_trace, guide_trace)

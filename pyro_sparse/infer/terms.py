@@ -11,8 +11,10 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_sparse.infer.collapse import collapsed_terms
 from pyro_sparse.infer.costs import Frame, SlotDim, Term
 from pyro_sparse.infer.dependencies import with_ancestors
+from pyro_sparse.infer.divergences import same_order
 from pyro_sparse.infer.law import law
 from pyro_sparse.infer.provenance import Provenance
 from pyro_sparse.infer.relaxed import with_fixed_value
@@ -28,10 +30,11 @@ def compute_log_probs(
         for name in [name for name, node in trace.nodes.items() if site_is_subsample(node)]:
             trace.remove_node(name)
     for name, node in model_trace.nodes.items():
-        if node["type"] == "sample" and not node["is_observed"] and name not in guide_trace.nodes:
+        latent = node["type"] == "sample" and not node["is_observed"] and "_enumerate_dim" not in node["infer"]
+        if latent and name not in guide_trace.nodes:
             raise ValueError(
-                f"EstimatorELBO, site '{name}': expected every latent site of the model in the guide, got one in "
-                "the model only. Add it to the guide; to sum it out in the model, use SparseEnumELBO or TraceEnum_ELBO."
+                f"EstimatorELBO, site '{name}': expected every latent site of the model in the guide, got one in the "
+                "model only. Add it to the guide; or sum it out, if it can be: infer={'enumerate': 'parallel'}."
             )
     _check_nesting(model_trace, guide_trace, nesting)
     for name in fixed:
@@ -85,18 +88,18 @@ def make_terms(
     slots: Mapping[int, SlotDim],
     own: Collection[str],
 ) -> list[Term]:
-    terms = []
+    terms, gone = collapsed_terms(model_trace, guide_trace)
     for name, node in model_trace.nodes.items():
-        if node["type"] == "sample" and name not in kls:
+        if node["type"] == "sample" and name not in kls and name not in gone:
             value = node["log_prob"]
             path = value if slots else node["log_prob_sum"]
             terms.append(Term(name, value, vectorized(node), path))
-    earlier: set[str] = set()
+    earlier: set[str] = set() if same_order(model_trace, guide_trace) else set(guide_trace.stochastic_nodes)
     for name, node in guide_trace.nodes.items():
         if node["type"] != "sample":
             continue
-        if name in kls:  # it depends on the draws before its own, at most
-            terms.append(Term(name, -kls[name], vectorized(node), -kls[name], frozenset(earlier)))
+        if name in kls:  # it depends on the draws before its own, at most; in any case not on its own
+            terms.append(Term(name, -kls[name], vectorized(node), -kls[name], frozenset(earlier) - {name}))
         else:
             entropy = node["log_prob"] if node["is_observed"] and name not in own else node["score_parts"].entropy_term
             path = None if is_identically_zero(entropy) else -entropy
@@ -107,9 +110,11 @@ def make_terms(
 
 def find_upstream(terms: list[Term], model_trace: Any, guide_trace: Any, kls: Any, provenance: Provenance) -> None:
     """Says of each term on which sites it depends, and on which those do."""
-    model = [provenance.of(node["log_prob"]) for name, node in sampled(model_trace) if name not in kls]
+    model = {name: provenance.of(node.get("log_prob")) for name, node in sampled(model_trace)}
     guide = {name: provenance.of(kls.get(name, node.get("log_prob"))) for name, node in sampled(guide_trace)}
-    for term, labels in zip(terms, [*model, *guide.values()], strict=True):
+    known = [term for term in terms if not term.collapsed]  # the model's, then all of the guide's
+    for i, term in enumerate(known):
+        labels = (model if i < len(known) - len(guide) else guide)[term.name]
         term.upstream = with_ancestors(labels, guide)
 
 

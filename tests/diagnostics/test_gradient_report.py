@@ -621,7 +621,7 @@ def test_plot() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"gradient_report: expected at least one estimator, got none\."):
         report(estimators={})
-    with pytest.raises(TypeError, match=r"estimator 'rloo': expected a pyro\.infer\.ELBO, got LeaveOneOut\(\)\. Wrap"):
+    with pytest.raises(TypeError, match=r"estimator 'rloo': expected a pyro\.infer\.ELBO, got LeaveOneOut\(2\)\. Wrap"):
         report(estimators={"rloo": LeaveOneOut(2)})
     with pytest.raises(ValueError, match=r"expected num_samples of at least 4, got 3\."):
         report(num_samples=3)

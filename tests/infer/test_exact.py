@@ -13,7 +13,8 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor, nn
 
 import pyro_sparse.distributions as sdist
-from pyro_sparse.infer.exact import EnumeratedELBO, NoiseLeftError, exact_gradient, why_one_by_one
+from pyro_sparse.infer.exact import EnumeratedELBO, NoiseLeftError, exact_gradient
+from pyro_sparse.infer.together import why_one_by_one
 
 B, K = 4, 3
 

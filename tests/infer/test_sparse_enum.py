@@ -325,6 +325,25 @@ def test_warns_once_where_no_site_is_sparse() -> None:
     SparseEnumELBO(max_plate_nesting=0, strict_enumeration_warning=False).loss(program, program)
 
 
+def test_a_labelled_batch_has_nothing_to_enumerate_and_no_warning() -> None:
+    """Unless a later batch has latent sites without a sparse support."""
+    labels = torch.tensor([0, 2])
+
+    def model(y: Tensor | None) -> None:
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Categorical(torch.ones(3)), obs=y)
+
+    def guide(y: Tensor | None) -> None:
+        if y is None:
+            with pyro.plate("data", 2):
+                pyro.sample("y", dist.Categorical(torch.ones(3)))
+
+    elbo = SparseEnumELBO(max_plate_nesting=1)
+    assert elbo.loss(model, guide, labels) == pytest.approx(2 * torch.tensor(3.0).log().item())
+    with pytest.warns(UserWarning, match="expected a guide site with a sparse support"):
+        elbo.loss(model, guide, None)
+
+
 def test_refuses_to_be_traced() -> None:
     mixture = Mixture()
 

@@ -1,0 +1,164 @@
+"""Errors on several values at once: those that are about that say so, and a user's own go on as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_sparse.estimators import REBAR, VIMCO, Estimator, Exact, LeaveOneOut, RaoBlackwell, StraightThrough
+from pyro_sparse.infer import EstimatorELBO
+
+B, C = 4, 3
+X = torch.tensor([0, 2, 1, 1])
+Decoder = Callable[[Tensor], Tensor]
+
+
+def table() -> Tensor:
+    return torch.tensor([[0.5, -1.0, 0.3], [1.0, 0.2, -0.7]])
+
+
+def scores(z: Tensor) -> Tensor:
+    return torch.stack([z, 1 - z], -1) @ table()
+
+
+def program(decode: Decoder) -> tuple[Any, Any]:
+    def model() -> None:
+        with pyro.plate("N", B):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Categorical(probs=decode(z)), obs=X)
+
+    def guide() -> None:
+        with pyro.plate("N", B):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("logits", torch.zeros(B))))
+
+    return model, guide
+
+
+def normalised(flat: bool) -> Decoder:
+    norm = nn.BatchNorm1d(C)
+
+    def decode(z: Tensor) -> Tensor:
+        out = norm(scores(z).reshape(-1, C)).reshape(*z.shape, C) if flat else norm(scores(z))
+        return out.softmax(-1)
+
+    return decode
+
+
+def dropped(z: Tensor) -> Tensor:
+    return nn.functional.dropout(scores(z), 0.5).softmax(-1)
+
+
+ON_ONE_ONLY: dict[str, Callable[[], Decoder]] = {
+    "branch": lambda: lambda z: (scores(z) if z[..., 0] else -scores(z)).softmax(-1),
+    "view": lambda: lambda z: (z.view(B)[:, None] * scores(z)).softmax(-1),
+    "cat": lambda: lambda z: torch.cat([torch.zeros(B, 2), scores(z)], -1)[..., 2:].softmax(-1),
+    "batch normalisation": lambda: normalised(False),
+    "matrix": lambda: lambda z: torch.mm(torch.stack([z, 1 - z], -1), table()).softmax(-1),
+}
+MIXED: dict[str, Callable[[], Decoder]] = {
+    "softmax(1)": lambda: lambda z: scores(z).softmax(1),
+    "sum": lambda: lambda z: (scores(z) * z.sum()).softmax(-1),
+}
+OWN: dict[str, tuple[Decoder, type[Exception]]] = {
+    "index": (lambda z: table()[z.long() + 1], IndexError),
+    "division": (lambda z: scores(z) / (1 // 0), ZeroDivisionError),
+    "shape": (lambda z: torch.zeros(7) + torch.zeros(3), RuntimeError),
+    "words": (lambda z: _raise("num_layers must be an integer: indices of a single one"), ValueError),
+}
+
+
+def _raise(text: str) -> Tensor:
+    raise ValueError(text)
+
+
+SEVERAL = [LeaveOneOut(5), RaoBlackwell(), Exact(), VIMCO(5)]
+
+
+@pytest.mark.parametrize("estimator", SEVERAL, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("name", ON_ONE_ONLY)
+def test_a_program_for_one_value_at_a_time(name: str, estimator: Estimator) -> None:
+    """And one value at a time it is run."""
+    model, guide = program(ON_ONE_ONLY[name]())
+    match = rf"site 'z' \({type(estimator).__name__}\): .*on a single one at a time.*vectorized=False"
+    with pytest.raises(ValueError, match=match) as info:
+        EstimatorELBO(estimator).loss_and_grads(model, guide)
+    assert info.value.__cause__ is not None and str(info.value.__cause__).splitlines()[0] in str(info.value)
+    assert all(p.grad is None for _, p in pyro.get_param_store().named_parameters())
+    assert EstimatorELBO(LeaveOneOut(2, vectorized=False)).loss_and_grads(model, guide) > 0
+
+
+@pytest.mark.parametrize("estimator", [*SEVERAL, StraightThrough()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("name", OWN)
+def test_a_users_own_mistake_is_raised_as_it_is(name: str, estimator: Estimator) -> None:
+    """Whatever its text says."""
+    decode, kind = OWN[name]
+    with pytest.raises(kind) as info:
+        EstimatorELBO(estimator, max_plate_nesting=1).loss_and_grads(*program(decode))
+    assert "EstimatorELBO" not in str(info.value)
+
+
+@pytest.mark.parametrize("estimator", SEVERAL, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("name", MIXED)
+def test_a_program_that_mixes_values_is_refused_at_every_first_step(name: str, estimator: Estimator) -> None:
+    elbo = EstimatorELBO(estimator)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"site 'z' .*the same on several values at once .*\['x'\].*vectorized=F"):
+            elbo.loss_and_grads(*program(MIXED[name]()))
+    assert all(p.grad is None for _, p in pyro.get_param_store().named_parameters())
+
+
+def test_without_validation_it_is_another_number() -> None:
+    """The negative control: what the check is there for. Row by row it is the mean of what single runs give."""
+    model, guide = program(MIXED["softmax(1)"]())
+    with pyro.validation_enabled(False):
+        wrong = EstimatorELBO(Exact()).loss(model, guide)
+    right = EstimatorELBO(Exact()).loss(*program(lambda z: _by_row(z)))
+    assert abs(wrong - right) > 0.1
+
+
+def _by_row(z: Tensor) -> Tensor:
+    return scores(z).softmax(-1)
+
+
+@pytest.mark.parametrize("estimator", SEVERAL, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("make", [lambda: _by_row, lambda: dropped, lambda: normalised(True)])
+def test_programs_that_are_the_same(make: Any, estimator: Estimator) -> None:
+    """Noise is no difference, nor is what batch normalisation does in training."""
+    elbo = EstimatorELBO(estimator)
+    elbo.loss_and_grads(*program(make()))
+    assert elbo._compared
+
+
+def test_the_check_moves_nothing() -> None:
+    results = []
+    for check in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        with pyro.validation_enabled(check):
+            elbo = EstimatorELBO(LeaveOneOut(3))
+            results.append(elbo.loss_and_grads(*program(_by_row)))
+            results.append(torch.rand(()).item())
+    assert results[:2] == results[2:]
+
+
+def test_relaxed_values_are_told_from_several() -> None:
+    def model() -> None:
+        with pyro.plate("N", B):
+            y = pyro.sample("y", dist.OneHotCategorical(torch.ones(2)))
+            assert ((y == 0) | (y == 1)).all(), "one-hot vectors, please"
+            pyro.sample("x", dist.Categorical(logits=y @ table()), obs=X)
+
+    def guide() -> None:
+        with pyro.plate("N", B):
+            pyro.sample("y", dist.OneHotCategorical(logits=pyro.param("logits", torch.zeros(B, 2))))
+
+    with pytest.raises(ValueError, match=r"site 'y' \(REBAR\): expected a model that takes one-hot vectors .*please"):
+        EstimatorELBO(REBAR()).loss_and_grads(model, guide)
+    pyro.clear_param_store()
+    assert EstimatorELBO(RaoBlackwell()).loss_and_grads(model, guide) > 0
