@@ -16,7 +16,7 @@ from torch.distributions import Bernoulli
 from torch.distributions.utils import probs_to_logits
 
 from pyro_sparse._autograd import differentiable_once
-from pyro_sparse._precision import HALF, widened
+from pyro_sparse._precision import HALF, exponential, widened
 
 Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
 _ONCE = (
@@ -53,7 +53,7 @@ def gumbel_like(x: Tensor) -> Tensor:
     """
     Standard Gumbel noise in the shape of x; in float32 at least, where torch's exponential draws are never zero.
     """
-    return -torch.empty_like(widened(x)).exponential_().log()
+    return -exponential(x.shape, widened(x)).log()
 
 
 def conditional_gumbels(log_probs: Tensor, hard: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def tempered_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 def one_hot_at_max(perturbed: Tensor) -> Tensor:
     """The unit vector at the largest entry."""
-    return torch.zeros_like(perturbed).scatter_(-1, perturbed.argmax(-1, keepdim=True), 1.0)
+    return torch.zeros_like(perturbed).scatter(-1, perturbed.argmax(-1, keepdim=True), 1.0)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ each_family = pytest.mark.parametrize("family", [SparseCategorical, SparseOneHot
 @pytest.mark.parametrize(
     "kwargs, expected, got",
     [
-        ({}, "either scores or probs", "neither"),
-        ({"scores": torch.zeros(3), "probs": torch.ones(1)}, "either scores or probs", "both"),
+        ({}, "scores, probs or logits", "none"),
+        ({"scores": torch.zeros(3), "probs": torch.ones(1)}, "scores, probs or logits", "scores and probs"),
         ({"scores": torch.zeros(3, dtype=torch.long)}, "floating-point", "torch.int64"),
         ({"probs": torch.ones(1, dtype=torch.long)}, "floating-point", "torch.int64"),
         ({"scores": [1.0, 2.0]}, "floating-point", "list"),
