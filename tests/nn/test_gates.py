@@ -184,7 +184,7 @@ def test_an_input_of_another_shape(shape: Any, input_shape: tuple[int, ...]) -> 
 
 def test_under_torch_func() -> None:
     """Gradients of each example, of fixed gates and of gates with a draw for each, as one by one."""
-    network = L0Linear(4, 2, max_logit=1.0, init_open=0.5)
+    network = L0Linear(4, 2, max_logit=2.0, init_open=0.5)
     network.gate.logits.data = torch.tensor([0.2, -0.5, 3.0, -3.0])  # two beyond the bound
     parameters, x = dict(network.named_parameters()), torch.randn(5, 4)
 
