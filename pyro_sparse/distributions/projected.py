@@ -14,6 +14,7 @@ from torch import Size, Tensor
 from pyro_sparse._autograd import is_true, unwrapped
 from pyro_sparse._numerics import safe_log
 from pyro_sparse._precision import categorical
+from pyro_sparse._relaxation import one_hot_at_max
 from pyro_sparse.distributions.sparse_support import SparseDistribution
 from pyro_sparse.projections import sparsemax
 
@@ -137,6 +138,12 @@ class ProjectedDistribution(SparseDistribution):
         new._source, new.projection, new._rows = self._source, self.projection, self._rows
         super(ProjectedDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
+        return new
+
+    def narrowed(self, keep: Tensor) -> ProjectedDistribution:
+        new = self.expand(self._batch_shape)
+        new._source = new._rows = torch.where(keep.unsqueeze(-1), self.probs, one_hot_at_max(self.probs.detach()))
+        new.projection = None
         return new
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import queue
 import warnings
@@ -20,6 +21,7 @@ from pyro.util import check_traceenum_requirements
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
+from pyro_sparse.infer.masked_rows import MaskedRowsMessenger, reaching_unmasked
 from pyro_sparse.infer.messenger import SparseEnumMessenger
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
@@ -40,7 +42,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
 
     Every guide site with a sparse support is enumerated, with no decorator. ``infer={"enumerate_support": "dense"}``
     asks for all K outcomes at a site; other sites behave as under ``TraceEnum_ELBO``. Model sites that the guide
-    lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be.
+    lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be. Masked rows of a
+    guide site take one outcome, unless a term that is not masked depends on them.
 
     **Bias:** none, in value and gradient. **Extra model evaluations:** none (``mode="auto"``: 1 + 2 per sparse site
     before the first step). **Needs from the guide:** a distribution with a sparse support, in a plate and not under
@@ -77,6 +80,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self.max_support = max_support
         self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
         self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
+        self._whole: set[str] = set()  # sites whose masked rows matter
         self._record: StepRecord | None = None
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
@@ -125,11 +129,11 @@ class SparseEnumELBO(TraceEnum_ELBO):
         with undisturbed(), poutine.block():
             return slot_ratios(run)
 
-    def _messengers(self, layout: layouts.Layout) -> tuple[SparseEnumMessenger, SparseEnumMessenger]:
+    def _messengers(self, layout: layouts.Layout) -> tuple[MaskedRowsMessenger, SparseEnumMessenger]:
         """For the guide and for the model, whose dims lie to the left of the guide's."""
         nesting = int(self.max_plate_nesting)
-        guide_enum = SparseEnumMessenger(
-            layout, nesting, max_support=self.max_support, first_available_dim=-1 - nesting
+        guide_enum = MaskedRowsMessenger(
+            layout, nesting, max_support=self.max_support, first_available_dim=-1 - nesting, whole=self._whole
         )
         model_enum = SparseEnumMessenger(layout, nesting, max_support=self.max_support, guide_sites=guide_enum.visited)
         return guide_enum, model_enum
@@ -139,19 +143,34 @@ class SparseEnumELBO(TraceEnum_ELBO):
     ) -> Iterator[Any]:
         """The traces of one particle: one, or one for each outcome of the sites enumerated sequentially."""
         guide_enum, model_enum = self._messengers(layout)
-        q: queue.LifoQueue[Any] = queue.LifoQueue()
-        q.put(poutine.Trace())
-        guide = poutine.queue(guide_enum(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
-        model = model_enum(model)
-        while not q.empty():
-            model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
-            self._warn_unread_options(guide_trace)
+        pairs = self._traces(guide_enum, model_enum, model, guide, args, kwargs)
+        first = next(pairs)
+        if guide_enum.narrowed:  # what the terms depend on is known once they are there
+            traces = [first, *pairs]
+            seen = set().union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
+            if seen:
+                self._whole |= seen
+                yield from self._enumerate(layout, record, model, guide, args, kwargs)
+                return
+            pairs, first = iter(traces[1:]), traces[0]
+        for model_trace, guide_trace in itertools.chain([first], pairs):
             sites = {**guide_enum.sites, **model_enum.sites}
+            self._warn_unread_options(guide_trace)
             if not sites:
                 self._warn_no_sparse_site(guide_trace)
             record.add(sites, model_trace, guide_trace)
             _refuse_zero_prior(guide_enum.sites, model_trace, guide_trace)
             yield model_trace, guide_trace
+
+    def _traces(
+        self, guide_enum: Messenger, model_enum: Messenger, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
+        q: queue.LifoQueue[Any] = queue.LifoQueue()
+        q.put(poutine.Trace())
+        guide = poutine.queue(guide_enum(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
+        model = model_enum(model)
+        while not q.empty():
+            yield self._get_trace(model, guide, args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         model_trace, guide_trace = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
