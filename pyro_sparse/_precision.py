@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_sparse._autograd import is_transformed
-
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -34,13 +32,6 @@ def categorical(probs: Tensor, sample_shape: Size) -> Tensor:
     """Numbers of outcomes, shape ``sample_shape + (*batch,)``, for probabilities ``(*batch, K)``."""
     draws = multinomial(probs.reshape(-1, probs.shape[-1]), sample_shape.numel(), replacement=True)
     return draws.T.reshape(sample_shape + probs.shape[:-1])
-
-
-def exponential(shape: Size, like: Tensor) -> Tensor:
-    """Standard exponential noise, with the dtype and device of a tensor."""
-    # vmap with randomness="different" fills no tensor in place but one that differs already.
-    new = torch.rand if is_transformed() else torch.empty
-    return new(shape, dtype=like.dtype, device=like.device).exponential_()
 
 
 class Accumulating(nn.Module):

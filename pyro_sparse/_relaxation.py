@@ -11,12 +11,12 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Bernoulli
 from torch.distributions.utils import probs_to_logits
 
-from pyro_sparse._autograd import differentiable_once
-from pyro_sparse._precision import HALF, exponential, widened
+from pyro_sparse._autograd import differentiable_once, is_transformed
+from pyro_sparse._precision import HALF, widened
 
 Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
 _ONCE = (
@@ -47,6 +47,13 @@ def exact_logits(d: Any) -> Tensor:
         else:
             zero |= (d.probs == 0) & (d.logits.exp() > 0)
     return logits.masked_fill(zero, -math.inf)
+
+
+def exponential(shape: Size, like: Tensor) -> Tensor:
+    """Standard exponential noise, with the dtype and device of a tensor."""
+    # vmap with randomness="different" fills no tensor in place but one that differs already.
+    new = torch.rand if is_transformed() else torch.empty
+    return new(shape, dtype=like.dtype, device=like.device).exponential_()
 
 
 def gumbel_like(x: Tensor) -> Tensor:

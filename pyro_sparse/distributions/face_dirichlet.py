@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyro_sparse._precision import exponential
+from pyro_sparse._relaxation import exponential
 from pyro_sparse.distributions.face_sums import Sums
 from pyro_sparse.distributions.mixed import check_positive
 from pyro_sparse.distributions.on_face import OnFace

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._autograd import is_true
-from pyro_sparse._precision import exponential
+from pyro_sparse._relaxation import exponential
 from pyro_sparse.distributions.extrinsic import ExtrinsicSimplex
 from pyro_sparse.distributions.hard_concrete import HardConcrete
 from pyro_sparse.distributions.mixed import check_finite, check_positive, checked

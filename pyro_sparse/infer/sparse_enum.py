@@ -8,16 +8,19 @@ import math
 import queue
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import is_identically_zero
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.enum import get_importance_trace, iter_discrete_escape, iter_discrete_extend
-from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _find_ordinal
-from pyro.infer.util import Dice, is_validation_enabled
+from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal
+from pyro.infer.util import Dice, is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
-from pyro.util import check_traceenum_requirements
+from pyro.util import check_traceenum_requirements, warn_if_nan
+from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
@@ -203,6 +206,43 @@ class SparseEnumELBO(TraceEnum_ELBO):
                     stacklevel=2,
                 )
 
+    # As Pyro's, but that a loss without a gradient can be had, and that the graph of the last trace, mostly the only
+    # one, is kept for who asks for it alone: a compiled network gives away what a second gradient would need.
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, which carries the gradient; without, under ``no_grad``."""
+        elbos = [elbo for elbo, _ in self._elbos(model, guide, args, kwargs)]
+        loss = -torch.stack(elbos).sum() / self.num_particles if elbos else torch.zeros(())
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"SparseEnumELBO: expected an ELBO that depends on parameters, got {-loss.item():.6g}, which does not. "
+                "Give model or guide a parameter, or evaluate it under torch.no_grad()."
+            )
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss; adds the gradient to ``.grad``."""
+        total, last = 0.0, None
+        several = self.num_particles > 1 and not self.vectorize_particles
+        with _buffers_kept() if several else nullcontext():
+            for elbo, trainable in self._elbos(model, guide, args, kwargs):
+                if last is not None:
+                    last.backward(retain_graph=True)  # what was computed outside may be shared with what follows
+                total += torch_item(elbo) / self.num_particles
+                last = -elbo / self.num_particles if trainable and elbo.requires_grad else None
+        if last is not None:
+            last.backward(retain_graph=self.retain_graph)
+        warn_if_nan(-total, "loss")  # type: ignore[call-overload]
+        return -total
+
+    def _elbos(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, bool]]:
+        """The ELBO of each trace, where it has terms, and whether there are parameters."""
+        for traces in self._get_traces(model, guide, args, kwargs):
+            elbo = _compute_dice_elbo(*traces)
+            if not is_identically_zero(elbo):
+                yield elbo, any(node["type"] == "param" for trace in traces for node in trace.nodes.values())
+
     def compute_marginals(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As :meth:`pyro.infer.TraceEnum_ELBO.compute_marginals`, over all K outcomes of a sparse prior."""
         return super(SparseEnumELBO, self._quiet()).compute_marginals(_DensePriors()(model), guide, *args, **kwargs)
@@ -216,6 +256,12 @@ class SparseEnumELBO(TraceEnum_ELBO):
         quiet = copy.copy(self)
         quiet.strict_enumeration_warning = False
         return quiet
+
+
+def _buffers_kept() -> AbstractContextManager[None]:
+    """Networks compiled meanwhile can be differentiated more than once; of older versions of torch all can."""
+    config: Any = torch._functorch.config
+    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
 
 
 class _DensePriors(Messenger):
