@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
-from pyro_sparse._autograd import is_true, unwrapped
+from pyro_sparse._autograd import is_tracing, is_true, unwrapped
 from pyro_sparse._numerics import safe_log
 from pyro_sparse._precision import categorical
 from pyro_sparse._relaxation import one_hot_at_max
@@ -43,6 +44,8 @@ class ProjectedDistribution(SparseDistribution):
     }
     #: 0 where a value is a number, 1 where it is a vector of length K
     _value_dim: ClassVar[int] = 0
+    #: of probabilities in place of scores, in this process
+    _has_warned: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class ProjectedDistribution(SparseDistribution):
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
         if self._validate_args:
             self._check_probs(name)
+            if name == "scores" and not ProjectedDistribution._has_warned:
+                self._warn_of_probabilities()
 
     def _checked_source(self, name: str, source: Any) -> Tensor:
         here = f"{type(self).__name__}.{name}"
@@ -110,6 +115,23 @@ class ProjectedDistribution(SparseDistribution):
             f"{here}.{name}: expected non-negative rows that sum to one, got minimum {unwrapped(least).min():.3g} "
             f"and a sum off by up to {unwrapped(off).max():.3g}. Project the scores, or normalise the probabilities."
         )
+
+    def _warn_of_probabilities(self) -> None:
+        """Scores that are a softmax's output are so close together that the projection makes no zero of any."""
+        p, K = self._source.detach(), self.num_outcomes
+        close = (p.sum(-1) - 1).abs() <= 8 * K * torch.finfo(p.dtype).eps
+        if (
+            K > 1
+            and p.numel()
+            and not is_tracing()
+            and is_true(close & (torch.minimum(p, self._rows.detach()) > 0).all(-1))
+        ):
+            ProjectedDistribution._has_warned = True
+            warnings.warn(
+                f"{type(self).__name__}.scores: expected unnormalised scores, got rows that are positive and sum to "
+                "one, of which the projection makes no zero. Leave the softmax out, or pass probs=.",
+                stacklevel=4,
+            )
 
     @property
     def scores(self) -> Tensor | None:
