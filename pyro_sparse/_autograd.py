@@ -47,12 +47,33 @@ def reaches(values: Iterable[Tensor], target: Tensor) -> bool:
 
 def is_tracing() -> bool:
     """Whether values cannot be looked at: under ``torch.compile``, ``torch.jit.trace`` and ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_transformed()
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """
+    The values, under ``torch.func.vmap`` of all examples, which come first. For checks, and for sizes that serve all:
+    what else a result depends on must not be looked at.
+    """
+    if torch.compiler.is_compiling():
+        return x
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        dim = functorch.maybe_get_bdim(x)
+        x = functorch.get_unwrapped(x)
+        x = x if dim < 0 else x.movedim(dim, 0)
+    return x
+
+
+def is_true(ok: Tensor) -> bool:
+    """Whether all elements hold, under ``torch.func.vmap`` those of all examples."""
+    return bool(unwrapped(ok).all())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is under way."""
     # torch.func has no public way to ask; torch.autograd.Function asks it this way as well.
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch._C._are_functorch_transforms_active()
 
 
 @contextmanager

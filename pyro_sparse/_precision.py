@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -22,8 +22,16 @@ def widened(x: Tensor) -> Tensor:
 
 
 def multinomial(weights: Tensor, count: int, replacement: bool = False) -> Tensor:
-    """As torch's, which adds up the weights in their own dtype."""
+    """As torch's, which adds up the weights in their own dtype and refuses to draw none."""
+    if count == 0:
+        return weights[..., :0].long()
     return torch.multinomial(widened(weights), count, replacement=replacement)
+
+
+def categorical(probs: Tensor, sample_shape: Size) -> Tensor:
+    """Numbers of outcomes, shape ``sample_shape + (*batch,)``, for probabilities ``(*batch, K)``."""
+    draws = multinomial(probs.reshape(-1, probs.shape[-1]), sample_shape.numel(), replacement=True)
+    return draws.T.reshape(sample_shape + probs.shape[:-1])
 
 
 class Accumulating(nn.Module):

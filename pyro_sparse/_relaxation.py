@@ -11,11 +11,11 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Bernoulli
 from torch.distributions.utils import probs_to_logits
 
-from pyro_sparse._autograd import differentiable_once
+from pyro_sparse._autograd import differentiable_once, is_transformed
 from pyro_sparse._precision import HALF, widened
 
 Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
@@ -49,11 +49,18 @@ def exact_logits(d: Any) -> Tensor:
     return logits.masked_fill(zero, -math.inf)
 
 
+def exponential(shape: Size, like: Tensor) -> Tensor:
+    """Standard exponential noise, with the dtype and device of a tensor."""
+    # vmap with randomness="different" fills no tensor in place but one that differs already.
+    new = torch.rand if is_transformed() else torch.empty
+    return new(shape, dtype=like.dtype, device=like.device).exponential_()
+
+
 def gumbel_like(x: Tensor) -> Tensor:
     """
     Standard Gumbel noise in the shape of x; in float32 at least, where torch's exponential draws are never zero.
     """
-    return -torch.empty_like(widened(x)).exponential_().log()
+    return -exponential(x.shape, widened(x)).log()
 
 
 def conditional_gumbels(log_probs: Tensor, hard: Tensor) -> Tensor:
@@ -83,7 +90,7 @@ def tempered_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 def one_hot_at_max(perturbed: Tensor) -> Tensor:
     """The unit vector at the largest entry."""
-    return torch.zeros_like(perturbed).scatter_(-1, perturbed.argmax(-1, keepdim=True), 1.0)
+    return torch.zeros_like(perturbed).scatter(-1, perturbed.argmax(-1, keepdim=True), 1.0)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
+from pyro_sparse._autograd import is_true, unwrapped
 from pyro_sparse._precision import widened
 
 
@@ -95,8 +96,8 @@ def check_compositions(owner: str, value: Tensor, num_classes: int) -> None:
             "Give each row one for each vertex."
         )
     ok = mixed_simplex.check(value)
-    if not bool(ok.all()):
-        row = value.detach()[~ok][0]
+    if not is_true(ok):
+        row = unwrapped(value.detach())[~unwrapped(ok)][0]
         raise ValueError(
             f"{owner}.log_prob: expected rows that are non-negative and sum to one, got one with minimum "
             f"{row.min():.4g} and sum {row.sum():.8g}. Divide amounts by their sum: y / y.sum(-1, keepdim=True)."

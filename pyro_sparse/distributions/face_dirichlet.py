@@ -8,6 +8,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_sparse._relaxation import exponential
 from pyro_sparse.distributions.face_sums import Sums
 from pyro_sparse.distributions.mixed import check_positive
 from pyro_sparse.distributions.on_face import OnFace
@@ -61,7 +62,7 @@ class FaceDirichlet(OnFace):
     def _log_weights(self, shape: Size) -> Tensor:
         # log Gamma(a) = log Gamma(a + 1) + log(U) / a in distribution, which does not underflow for small a.
         a = self.concentration.expand(shape)
-        return torch._standard_gamma(a + 1).log() - torch.empty_like(a).exponential_() / a
+        return torch._standard_gamma(a + 1).log() - exponential(a.shape, a) / a
 
     def _log_density(self, log_y: Tensor) -> Tensor:
         a, here = self.concentration, self.here

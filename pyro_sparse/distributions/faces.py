@@ -5,13 +5,14 @@ zero. What the families share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_sparse._autograd import is_transformed
 from pyro_sparse.distributions.constraints import face, on_simplex_only
 from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.mixed_base import check_expand
@@ -107,10 +108,14 @@ class FaceDistribution(HalfPrecision, TorchDistribution):
     def tilted_square(self, log_x: Tensor, a: Tensor) -> Tensor:
         r""":math:`E (\sum_k a_k f_k)^2 \prod_k x_k^{f_k}`, ``(*batch, nodes)``, for a with shape ``(*batch, K)``."""
         with torch.enable_grad():
-            x_less, _, others = self._differentiated(log_x, again=True)
             a = a.unsqueeze(-2)
             ax = a * log_x.exp()
-            (pairs,) = torch.autograd.grad((others * ax).sum(), x_less, create_graph=True)  # of different vertices
+            if is_transformed():
+                others, pull = _with_pullback(lambda x_less: self._slope(x_less)[1], self._x_less(log_x))
+                (pairs,) = pull(ax.expand(others.shape))
+            else:
+                x_less, _, others = self._differentiated(log_x, again=True)
+                (pairs,) = torch.autograd.grad((others * ax).sum(), x_less, create_graph=True)  # of different vertices
             square = (ax * (a * others + pairs)).sum(-1)
         return square if torch.is_grad_enabled() else square.detach()
 
@@ -119,15 +124,26 @@ class FaceDistribution(HalfPrecision, TorchDistribution):
         if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
             with torch.inference_mode(False):
                 return self._remade(self.like.clone())._differentiated(log_x.clone(), again)
+        if is_transformed():
+            x_less = self._x_less(log_x)
+            return x_less, *self._slope(x_less)
         graph = again or (torch.is_grad_enabled() and (log_x.requires_grad or self.like.requires_grad))
         with torch.enable_grad():
-            x_less = torch.expm1(log_x)
-            # One for each of the faces' batch: its derivative is summed over what it is shared by.
-            shape = torch.broadcast_shapes(x_less.shape[:-2], self.batch_shape) + x_less.shape[-2:]
-            x_less = x_less.expand(shape) if x_less.requires_grad else x_less.expand(shape).clone().requires_grad_()
+            x_less = self._x_less(log_x)
+            x_less = x_less if x_less.requires_grad else x_less.clone().requires_grad_()
             less = self.product_minus_one(x_less)
             (others,) = torch.autograd.grad(less.sum(), x_less, create_graph=graph)
         return (x_less, less, others) if graph else (x_less.detach(), less.detach(), others)
+
+    def _x_less(self, log_x: Tensor) -> Tensor:
+        """x - 1, one for each of the faces' batch: its derivative is summed over what it is shared by."""
+        shape = torch.broadcast_shapes(log_x.shape[:-2], self.batch_shape) + log_x.shape[-2:]
+        return torch.expm1(log_x).expand(shape)
+
+    def _slope(self, x_less: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`product_minus_one` and its derivatives, where ``torch.func`` is what differentiates."""
+        less, pull = _with_pullback(self.product_minus_one, x_less)
+        return less, pull(torch.ones_like(less))[0]
 
     @property
     def mean(self) -> Tensor:
@@ -161,6 +177,11 @@ class FaceDistribution(HalfPrecision, TorchDistribution):
     def like(self) -> Tensor:
         """The parameter, which has the dtype and device of values."""
         raise NotImplementedError
+
+
+def _with_pullback(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+    value, pull = torch.func.vjp(f, x)  # type: ignore[misc]  # it has a third part on demand
+    return value, pull
 
 
 def num_vertices(owner: str, shape: Sequence[int]) -> int:

@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Categorical, constraints
+from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
-from torch.nn.functional import logsigmoid, one_hot
+from torch.nn.functional import logsigmoid
 
+from pyro_sparse._autograd import is_true
 from pyro_sparse._numerics import log1mexpexp
+from pyro_sparse._precision import categorical
+from pyro_sparse._relaxation import one_hot_at_max
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
 from pyro_sparse.distributions.mixed import checked
 from pyro_sparse.distributions.parameters import check_floating
@@ -62,9 +65,7 @@ class GibbsFaces(FaceDistribution):
             ok = scores < math.inf
             checked("GibbsFaces", "scores", scores, ok, "real numbers or -inf", "Look at the network that makes them.")
             some = (scores > -math.inf).any(-1)
-            checked(
-                "GibbsFaces", "scores", -math.inf, bool(some.all()), "a vertex with a score above -inf", "Allow one."
-            )
+            checked("GibbsFaces", "scores", -math.inf, is_true(some), "a vertex with a score above -inf", "Allow one.")
 
     def _remade(self, parameter: Tensor) -> GibbsFaces:
         return GibbsFaces(parameter, validate_args=False)
@@ -97,8 +98,7 @@ class GibbsFaces(FaceDistribution):
         logits = self._logits.detach()
         off = -softplus(logits)
         before = off.cumsum(-1) - off
-        first = Categorical(logits=logsigmoid(logits) + before, validate_args=False).sample(Size(sample_shape))
-        first = first.unsqueeze(-1)
+        first = categorical((logsigmoid(logits) + before).softmax(-1), Size(sample_shape)).unsqueeze(-1)
         bits = torch.bernoulli(logits.sigmoid().expand(*first.shape[:-1], self.num_classes))
         vertices = torch.arange(self.num_classes, device=bits.device)
         return torch.where(vertices < first, 0.0, torch.where(vertices == first, 1.0, bits))
@@ -112,7 +112,7 @@ class GibbsFaces(FaceDistribution):
     def mode(self) -> Tensor:
         """All vertices with positive scores, or the one with the largest."""
         positive = self.scores > 0
-        best = one_hot(self.scores.argmax(-1), self.num_classes)
+        best = one_hot_at_max(self.scores)
         return torch.where(positive.any(-1, keepdim=True), positive, best > 0).to(self.scores.dtype)
 
     def entropy(self) -> Tensor:

@@ -10,6 +10,8 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 
+from pyro_sparse._autograd import is_true
+from pyro_sparse._relaxation import exponential
 from pyro_sparse.distributions.extrinsic import ExtrinsicSimplex
 from pyro_sparse.distributions.hard_concrete import HardConcrete
 from pyro_sparse.distributions.mixed import check_finite, check_positive, checked
@@ -97,14 +99,14 @@ class HardConcreteSimplex(ExtrinsicSimplex):
         return self._event_shape if name == "logits" else Size()
 
     def _dense(self, shape: Size) -> Tensor:
-        gumbel = -torch.empty(shape, dtype=self.logits.dtype, device=self.logits.device).exponential_().log()
+        gumbel = -exponential(shape, self.logits).log()
         soft = ((self.logits + gumbel) / self.temperature.unsqueeze(-1)).softmax(-1)
         return self.stretch.unsqueeze(-1) * soft
 
     def _log_density(self, y: Tensor) -> Tensor:
         if y.shape[-1] == 2:
             return self._log_density_of_two(y)
-        if bool((y == 0).any()):
+        if not is_true(y != 0):
             raise NotImplementedError(
                 f"{type(self).__name__}.log_prob: expected all coordinates to be positive, or K = 2, got a zero and "
                 f"K = {y.shape[-1]}. The density of a smaller face is an integral over a region of the simplex, "

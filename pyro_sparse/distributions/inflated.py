@@ -13,7 +13,7 @@ from torch.distributions import Distribution, Uniform, constraints
 
 from pyro_sparse._autograd import differentiable_once
 from pyro_sparse._numerics import entropy_terms
-from pyro_sparse._precision import widened
+from pyro_sparse._precision import multinomial, widened
 from pyro_sparse.distributions.constraints import MixedConstraint, interior_point
 from pyro_sparse.distributions.half_precision import HalfPrecision, in_float32
 from pyro_sparse.distributions.implicit import implicit
@@ -110,7 +110,7 @@ class InflatedDistribution(MixedDistribution):
         """Numbers of the strata, the inside last."""
         probs = self._stacked_weights().detach().exp().reshape(len(self._atoms) + 1, -1).T
         size = shape[: len(shape) - len(self._batch_shape)]
-        draws = torch.multinomial(probs, size.numel(), replacement=True)
+        draws = multinomial(probs, size.numel(), replacement=True)
         return draws.T.reshape(shape)
 
     def _draw(self, shape: Size) -> Tensor:

@@ -75,25 +75,42 @@ class _Derivatives(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, m: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        ctx.n = n
+    def forward(m: Tensor, scale: Tensor, n: int, count: int) -> tuple[Tensor, ...]:
         with not_traced():
-            values = _expectations(m, scale, n, 4 if any(ctx.needs_input_grad) else 2)
-        this, following, *higher = values  # here a trace must see where they come from
-        ctx.save_for_backward(m, scale, following, *higher)
-        return this, following
+            values = _expectations(m, scale, n, count)
+        return tuple(values)  # here a trace must see where they come from
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_following: Tensor) -> tuple[Tensor, Tensor, None]:
-        m, scale, t1, t2, t3 = ctx.saved_tensors
-        if torch.is_grad_enabled():  # what follows will be differentiated
-            t2, t3 = _Derivatives.apply(m, scale, ctx.n + 2)
-        return grad * t1 + grad_following * t2, scale * (grad * t2 + grad_following * t3), None
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: tuple[Tensor, ...]) -> None:
+        m, scale, ctx.n, _ = inputs
+        ctx.save_for_backward(m, scale, *output[1:])
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_following: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
+        m, scale, t1, *higher = ctx.saved_tensors
+        if not higher or torch.is_grad_enabled():  # what follows will be differentiated
+            higher = _derivatives(m, scale, ctx.n + 2)
+        t2, t3 = higher
+        return grad * t1 + grad_following * t2, scale * (grad * t2 + grad_following * t3), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, m: Tensor, scale: Tensor, n: int, count: int) -> Any:
+        m, scale = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((m, scale), in_dims, strict=False)
+        )
+        return _Derivatives.apply(m, scale, n, count), (0,) * count
+
+
+def _derivatives(m: Tensor, scale: Tensor, n: int) -> list[Tensor]:
+    """:math:`T_n` and :math:`T_{n+1}`; where a derivative may be asked for, it is prepared along with them."""
+    return _Derivatives.apply(m, scale, n, 4 if m.requires_grad or scale.requires_grad else 2)[:2]
 
 
 def _laplace(m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     r""":math:`E \exp(-e^u)` and :math:`E e^u \exp(-e^u)` for :math:`u = m + \sigma \epsilon`."""
-    zero, one = _Derivatives.apply(m, scale, 0)
+    zero, one = _derivatives(m, scale, 0)
     return zero, -one
 
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Categorical, constraints
+from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
+from pyro_sparse._precision import categorical
 from pyro_sparse.distributions.faces import FaceDistribution, num_vertices
 from pyro_sparse.distributions.parameters import check_floating
 
@@ -95,8 +96,7 @@ class MaxEntropyFaces(FaceDistribution):
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """A size, then the vertices that come first in a random order."""
-        logits = self.size_log_probs.detach()
-        sizes = Categorical(logits=logits, validate_args=False).sample(Size(sample_shape)) + 1
+        sizes = categorical(self.size_log_probs.detach().softmax(-1), Size(sample_shape)) + 1
         keys = torch.rand(*sizes.shape, self.num_classes, dtype=self.bits.dtype, device=self.bits.device)
         ranks = keys.argsort(-1).argsort(-1)
         return (ranks < sizes.unsqueeze(-1)).to(self.bits.dtype)

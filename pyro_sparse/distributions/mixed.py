@@ -21,6 +21,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from pyro_sparse._autograd import is_true, unwrapped
 from pyro_sparse._numerics import entropy_terms
 from pyro_sparse._precision import HALF, widened
 from pyro_sparse.distributions.constraints import has_atoms, interior_point, mixed_unit_interval, nan_where
@@ -247,7 +248,7 @@ class MixedDistribution(MixedBase):
 
 def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, expected: str, fix: str) -> None:
     """Raises in the house's form where a parameter is not ok."""
-    if not (ok if isinstance(ok, bool) else bool(ok.all())):
+    if not (ok if isinstance(ok, bool) else is_true(ok)):
         got = value if not isinstance(value, Tensor) else _example(value.detach(), ok)
         raise ValueError(f"{owner}.{name}: expected {expected}, got {got}. {fix}")
 
@@ -263,7 +264,10 @@ def check_positive(owner: str, name: str, value: Tensor, fix: str = "Use e.g. so
 
 
 def _example(value: Tensor, ok: Tensor | bool) -> float:
-    return float(value if isinstance(ok, bool) else value.expand(ok.shape)[~ok][0])
+    if isinstance(ok, bool):
+        return float(unwrapped(value))
+    value, ok = unwrapped(value.expand(ok.shape)), unwrapped(ok)
+    return float(value.expand(ok.shape)[~ok][0])
 
 
 def has_cdf(d: Any) -> bool:

@@ -36,6 +36,7 @@ class SparseOneHotCategorical(ProjectedDistribution):
         scores: unnormalised real scores, shape ``(*batch, K)``; -inf masks an outcome.
         projection: maps scores to the simplex along the last dim.
         probs: instead of scores: probabilities whose zeros are kept as they are.
+        logits: instead of scores: log-probabilities up to a constant; -inf is an exact zero.
         validate_args: as in torch.
 
     Raises:
@@ -52,7 +53,9 @@ class SparseOneHotCategorical(ProjectedDistribution):
         return Size(shape[:-1]), Size(shape[-1:])
 
     def _one_hot(self, index: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(index, self.num_outcomes).to(self._rows.dtype)
+        # torch's one_hot looks at its argument, which vmap does not allow.
+        zeros = self._rows.new_zeros((*index.shape, self.num_outcomes))
+        return zeros.scatter(-1, index.unsqueeze(-1), 1.0)
 
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         return self._one_hot(self._draw(Size(sample_shape)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -11,8 +12,10 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
+from pyro_sparse._autograd import is_tracing, is_true, unwrapped
 from pyro_sparse._numerics import safe_log
-from pyro_sparse._precision import multinomial
+from pyro_sparse._precision import categorical
+from pyro_sparse._relaxation import one_hot_at_max
 from pyro_sparse.distributions.sparse_support import SparseDistribution
 from pyro_sparse.projections import sparsemax
 
@@ -29,12 +32,20 @@ class ProjectedDistribution(SparseDistribution):
         scores: unnormalised real scores, shape ``(*batch, K)``; -inf masks an outcome.
         projection: maps scores to the simplex along the last dim.
         probs: instead of scores: probabilities whose zeros are kept as they are.
+        logits: instead of scores: log-probabilities up to a constant, as of stock distributions, which Pyro rebuilds so
+            (``compute_marginals``); -inf is an exact zero.
         validate_args: as in torch; checks the probabilities (:math:`|\sum_k p_k - 1| \le 8 K \epsilon`).
     """
 
-    arg_constraints = {"scores": constraints.real_vector, "probs": constraints.simplex}
+    arg_constraints = {
+        "scores": constraints.real_vector,
+        "probs": constraints.simplex,
+        "logits": constraints.real_vector,
+    }
     #: 0 where a value is a number, 1 where it is a vector of length K
     _value_dim: ClassVar[int] = 0
+    #: of probabilities in place of scores, in this process
+    _has_warned: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -42,20 +53,24 @@ class ProjectedDistribution(SparseDistribution):
         projection: Projection = sparsemax,
         *,
         probs: Tensor | None = None,
+        logits: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if (scores is None) == (probs is None):
-            given = "neither" if scores is None else "both"
-            raise ValueError(f"{type(self).__name__}: expected either scores or probs, got {given}. Give exactly one.")
-        name = "probs" if scores is None else "scores"
-        self._source = self._checked_source(name, probs if scores is None else scores)
-        self.projection: Projection | None = projection if probs is None else None
+        given = {n: x for n, x in (("scores", scores), ("probs", probs), ("logits", logits)) if x is not None}
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"{type(self).__name__}: expected scores, probs or logits, got {got}. Give exactly one.")
+        ((name, source),) = given.items()
+        self._source = self._checked_source(name, source)
+        self.projection: Projection | None = {"scores": projection, "probs": None, "logits": _softmax}[name]
         self._rows = self._project()  # (*rows, K): never expanded, broadcasts against batch_shape
         event_shape = self._rows.shape[-1:] if self._value_dim else Size()
         super().__init__(self._rows.shape[:-1], event_shape, validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
         if self._validate_args:
             self._check_probs(name)
+            if name == "scores" and not ProjectedDistribution._has_warned:
+                self._warn_of_probabilities()
 
     def _checked_source(self, name: str, source: Any) -> Tensor:
         here = f"{type(self).__name__}.{name}"
@@ -83,23 +98,40 @@ class ProjectedDistribution(SparseDistribution):
 
     def _check_probs(self, name: str) -> None:
         p, here = self._rows.detach(), type(self).__name__
-        off = (p.sum(-1) - 1).abs()
-        if bool(((p.amin(-1) >= 0) & (off <= 8 * p.shape[-1] * torch.finfo(p.dtype).eps)).all()):
+        least, off = p.amin(-1), (p.sum(-1) - 1).abs()
+        if is_true((least >= 0) & (off <= 8 * p.shape[-1] * torch.finfo(p.dtype).eps)):
             return
-        if name == "scores":
+        if name != "probs":
             scores = self._source.detach()
-            if bool((scores.isnan() | (scores == math.inf)).any()):
-                raise ValueError(f"{here}.scores: expected finite scores or -inf, got NaN or +inf. Check the encoder.")
-            if bool((scores == -math.inf).all(-1).any()):
+            if not is_true(scores < math.inf):
+                raise ValueError(f"{here}.{name}: expected finite {name} or -inf, got NaN or +inf. Check the encoder.")
+            if not is_true((scores > -math.inf).any(-1)):
                 raise ValueError(
-                    f"{here}.scores: expected a score above -inf in every row, got a row of -inf only. "
+                    f"{here}.{name}: expected one above -inf in every row, got a row of -inf only. "
                     "A mask must leave at least one outcome."
                 )
             name = "projection"
         raise ValueError(
-            f"{here}.{name}: expected non-negative rows that sum to one, got minimum {p.min():.3g} and a sum off by "
-            f"up to {off.max():.3g}. Project the scores, or normalise the probabilities."
+            f"{here}.{name}: expected non-negative rows that sum to one, got minimum {unwrapped(least).min():.3g} "
+            f"and a sum off by up to {unwrapped(off).max():.3g}. Project the scores, or normalise the probabilities."
         )
+
+    def _warn_of_probabilities(self) -> None:
+        """Scores that are a softmax's output are so close together that the projection makes no zero of any."""
+        p, K = self._source.detach(), self.num_outcomes
+        close = (p.sum(-1) - 1).abs() <= 8 * K * torch.finfo(p.dtype).eps
+        if (
+            K > 1
+            and p.numel()
+            and not is_tracing()
+            and is_true(close & (torch.minimum(p, self._rows.detach()) > 0).all(-1))
+        ):
+            ProjectedDistribution._has_warned = True
+            warnings.warn(
+                f"{type(self).__name__}.scores: expected unnormalised scores, got rows that are positive and sum to "
+                "one, of which the projection makes no zero. Leave the softmax out, or pass probs=.",
+                stacklevel=4,
+            )
 
     @property
     def scores(self) -> Tensor | None:
@@ -130,6 +162,12 @@ class ProjectedDistribution(SparseDistribution):
         new._validate_args = self._validate_args
         return new
 
+    def narrowed(self, keep: Tensor) -> ProjectedDistribution:
+        new = self.expand(self._batch_shape)
+        new._source = new._rows = torch.where(keep.unsqueeze(-1), self.probs, one_hot_at_max(self.probs.detach()))
+        new.projection = None
+        return new
+
     @property
     def num_outcomes(self) -> int:
         return self._rows.shape[-1]
@@ -145,9 +183,7 @@ class ProjectedDistribution(SparseDistribution):
 
     def _draw(self, sample_shape: Size) -> Tensor:
         """Numbers of outcomes, shape ``sample_shape + batch_shape``."""
-        rows = self.probs.detach().reshape(-1, self.num_outcomes)
-        draws = multinomial(rows, sample_shape.numel(), replacement=True)
-        return draws.T.reshape(sample_shape + self._batch_shape)
+        return categorical(self.probs.detach(), sample_shape)
 
     def _log_prob_of(self, index: Tensor) -> Tensor:
         """The log-probabilities of outcomes by number: memory O(index), where broadcasting takes K times as much."""
@@ -158,7 +194,7 @@ class ProjectedDistribution(SparseDistribution):
         own, shared = [d for d in dims if rows[d] != 1], [d for d in dims if rows[d] == 1]
         order = own + shared
         moved = index.permute(order)
-        flat = moved.reshape(self._rows.shape[:-1].numel(), math.prod(index.shape[d] for d in shared))
+        flat = moved.reshape(math.prod(self._rows.shape[:-1]), math.prod(index.shape[d] for d in shared))
         probs = self._rows.reshape(-1, self.num_outcomes).gather(1, flat).reshape(moved.shape)
         return safe_log(probs.permute([order.index(d) for d in dims]))
 
@@ -169,7 +205,7 @@ class ProjectedDistribution(SparseDistribution):
         if union_dims:
             rows = rows.sum([dim - 1 for dim in union_dims], keepdim=True)
         sizes = _count_positive(rows)
-        longest = max(int(sizes.max()), 1) if sizes.numel() else 1
+        longest = max(int(unwrapped(sizes).max()), 1) if sizes.numel() else 1
         # topk lists the support first and then zeros, each outcome once: the padding is distinct by construction.
         return rows.topk(longest, dim=-1).indices.movedim(-1, 0)
 
@@ -187,6 +223,10 @@ class ProjectedDistribution(SparseDistribution):
         return f"{type(self).__name__}(scores: {tuple(self.param_shape)}, projection={_describe(self.projection)})"
 
 
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
 def _count_positive(rows: Tensor) -> Tensor:
     # Summing signs is three to five times faster than summing a boolean mask; exact, in float32 to 2**24 outcomes.
     return rows.detach().sign().sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32)).long()
@@ -196,4 +236,4 @@ def _describe(projection: Projection) -> str:
     if isinstance(projection, functools.partial):
         options = [*map(repr, projection.args), *(f"{k}={v!r}" for k, v in projection.keywords.items())]
         return f"{_describe(projection.func)}({', '.join(options)})"
-    return getattr(projection, "__name__", repr(projection))
+    return getattr(projection, "__name__", repr(projection)).strip("_")

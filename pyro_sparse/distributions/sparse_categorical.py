@@ -41,12 +41,13 @@ class SparseCategorical(ProjectedDistribution):
         projection: maps scores to the simplex along the last dim. Give parameters by ``functools.partial``; a lambda
             works but cannot be pickled.
         probs: instead of scores: probabilities whose zeros are kept as they are (never clamped, never renormalised).
+        logits: instead of scores: log-probabilities up to a constant; -inf is an exact zero.
         validate_args: as in torch; checks the probabilities (:math:`|\sum_k p_k - 1| \le 8 K \epsilon`).
 
     Raises:
         TypeError: scores or probs that are no floating-point tensor.
-        ValueError: for both or neither of scores and probs; scores with NaN, +inf, a row of -inf only or no outcomes; a
-            projection that changes the shape or leaves the simplex.
+        ValueError: for other than one of scores, probs and logits; scores with NaN, +inf, a row of -inf only or no
+            outcomes; a projection that changes the shape or leaves the simplex.
 
     Reference: A. Martins and R. Astudillo, *From softmax to sparsemax*, ICML 2016, §2; G. Correia et al., *Efficient
     marginalization of discrete and structured latent variables via sparsity*, NeurIPS 2020, §3.

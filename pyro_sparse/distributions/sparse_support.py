@@ -65,6 +65,13 @@ class SparseDistribution(TorchDistribution):
         """The stock distribution with the same probabilities."""
         raise NotImplementedError
 
+    def narrowed(self, keep: Tensor) -> SparseDistribution:
+        """
+        With one outcome, the most probable, in the rows where ``keep`` is False: for rows that do not matter. A family
+        that does not implement it is left as it is.
+        """
+        return self
+
     def mask(self, mask: bool | Tensor) -> MaskedSparseDistribution:
         """The distribution whose log_prob is zero where ``mask`` is False; it keeps its sparse support."""
         return MaskedSparseDistribution(self, mask)
@@ -100,6 +107,10 @@ class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
     def sparse_support(self, expand: bool = True) -> tuple[Tensor, Tensor]:
         """The sparse support of the base, with its unmasked log-probabilities."""
         return self.base_dist.sparse_support(expand)
+
+    def narrowed(self, keep: Tensor) -> SparseDistribution:
+        base = self.base_dist.narrowed(keep)
+        return self if base is self.base_dist else base.mask(self._mask)
 
     def to_dense(self) -> TorchDistribution:
         return self.base_dist.to_dense().mask(self._mask)

@@ -9,6 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyro_sparse._autograd import is_true
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.inflated import InflatedDistribution
 from pyro_sparse.distributions.mixed import checked
@@ -90,7 +91,7 @@ class SpikeAndSlab(InflatedDistribution):
         super()._require_pathwise()
         zero, check = self._zero, self.slab.support.check
         tiny = torch.finfo(zero.dtype).tiny
-        if not bool((check(zero) | check(zero + tiny) | check(zero - tiny)).all()):
+        if not is_true(check(zero) | check(zero + tiny) | check(zero - tiny)):
             raise ValueError(
                 f"{type(self).__name__}.rsample: expected a slab that reaches zero, got support {self.slab.support}. "
                 "The quantile function jumps over the gap: leave has_rsample False (the default)."

@@ -8,6 +8,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
+from pyro_sparse._autograd import is_true
 from pyro_sparse._numerics import safe_log
 from pyro_sparse.distributions.inflated import InflatedDistribution
 from pyro_sparse.distributions.mixed import checked
@@ -87,7 +88,7 @@ class ZeroOneInflated(InflatedDistribution):
             checked(name, "probs", p, ok, "non-negative rows that sum to one", "Normalise them, or use logits.")
         eps = torch.finfo(p.dtype).eps
         outside = self.slab.support.check(p.new_tensor(-eps)) | self.slab.support.check(p.new_tensor(1 + eps))
-        if bool(outside.any()):
+        if not is_true(~outside):
             raise ValueError(
                 f"{name}.slab: expected a distribution on [0, 1], got support {self.slab.support}. "
                 "Use e.g. Beta; SpikeAndSlab takes any slab."

@@ -16,7 +16,7 @@ from pyro_sparse.infer.layouts import Layout, dense
 
 @dataclass(frozen=True)
 class SparseSite:
-    """What one enumerated site had: the support size of each row, the number of outcomes, of slots."""
+    """What one enumerated site had: the support size of each row (0 if masked), the number of outcomes."""
 
     support_size: Tensor
     num_outcomes: int

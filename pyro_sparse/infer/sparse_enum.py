@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import queue
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import is_identically_zero
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.enum import get_importance_trace, iter_discrete_escape, iter_discrete_extend
-from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _find_ordinal
-from pyro.infer.util import Dice, is_validation_enabled
+from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal
+from pyro.infer.util import Dice, is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
-from pyro.util import check_traceenum_requirements
+from pyro.util import check_traceenum_requirements, warn_if_nan
+from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
+from pyro_sparse.infer.masked_rows import MaskedRowsMessenger, reaching_unmasked
 from pyro_sparse.infer.messenger import SparseEnumMessenger
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
@@ -40,7 +45,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
 
     Every guide site with a sparse support is enumerated, with no decorator. ``infer={"enumerate_support": "dense"}``
     asks for all K outcomes at a site; other sites behave as under ``TraceEnum_ELBO``. Model sites that the guide
-    lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be.
+    lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be. Masked rows of a
+    guide site take one outcome, unless a term that is not masked depends on them.
 
     **Bias:** none, in value and gradient. **Extra model evaluations:** none (``mode="auto"``: 1 + 2 per sparse site
     before the first step). **Needs from the guide:** a distribution with a sparse support, in a plate and not under
@@ -77,6 +83,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self.max_support = max_support
         self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
         self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
+        self._whole: set[str] = set()  # sites whose masked rows matter
         self._record: StepRecord | None = None
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
@@ -125,11 +132,11 @@ class SparseEnumELBO(TraceEnum_ELBO):
         with undisturbed(), poutine.block():
             return slot_ratios(run)
 
-    def _messengers(self, layout: layouts.Layout) -> tuple[SparseEnumMessenger, SparseEnumMessenger]:
+    def _messengers(self, layout: layouts.Layout) -> tuple[MaskedRowsMessenger, SparseEnumMessenger]:
         """For the guide and for the model, whose dims lie to the left of the guide's."""
         nesting = int(self.max_plate_nesting)
-        guide_enum = SparseEnumMessenger(
-            layout, nesting, max_support=self.max_support, first_available_dim=-1 - nesting
+        guide_enum = MaskedRowsMessenger(
+            layout, nesting, max_support=self.max_support, first_available_dim=-1 - nesting, whole=self._whole
         )
         model_enum = SparseEnumMessenger(layout, nesting, max_support=self.max_support, guide_sites=guide_enum.visited)
         return guide_enum, model_enum
@@ -139,19 +146,34 @@ class SparseEnumELBO(TraceEnum_ELBO):
     ) -> Iterator[Any]:
         """The traces of one particle: one, or one for each outcome of the sites enumerated sequentially."""
         guide_enum, model_enum = self._messengers(layout)
-        q: queue.LifoQueue[Any] = queue.LifoQueue()
-        q.put(poutine.Trace())
-        guide = poutine.queue(guide_enum(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
-        model = model_enum(model)
-        while not q.empty():
-            model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
-            self._warn_unread_options(guide_trace)
+        pairs = self._traces(guide_enum, model_enum, model, guide, args, kwargs)
+        first = next(pairs)
+        if guide_enum.narrowed:  # what the terms depend on is known once they are there
+            traces = [first, *pairs]
+            seen = set().union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
+            if seen:
+                self._whole |= seen
+                yield from self._enumerate(layout, record, model, guide, args, kwargs)
+                return
+            pairs, first = iter(traces[1:]), traces[0]
+        for model_trace, guide_trace in itertools.chain([first], pairs):
             sites = {**guide_enum.sites, **model_enum.sites}
+            self._warn_unread_options(guide_trace)
             if not sites and guide_trace.stochastic_nodes:
                 self._warn_no_sparse_site(guide_trace)
             record.add(sites, model_trace, guide_trace)
             _refuse_zero_prior(guide_enum.sites, model_trace, guide_trace)
             yield model_trace, guide_trace
+
+    def _traces(
+        self, guide_enum: Messenger, model_enum: Messenger, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
+        q: queue.LifoQueue[Any] = queue.LifoQueue()
+        q.put(poutine.Trace())
+        guide = poutine.queue(guide_enum(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
+        model = model_enum(model)
+        while not q.empty():
+            yield self._get_trace(model, guide, args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         model_trace, guide_trace = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
@@ -184,6 +206,43 @@ class SparseEnumELBO(TraceEnum_ELBO):
                     stacklevel=2,
                 )
 
+    # As Pyro's, but that a loss without a gradient can be had, and that the graph of the last trace, mostly the only
+    # one, is kept for who asks for it alone: a compiled network gives away what a second gradient would need.
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, which carries the gradient; without, under ``no_grad``."""
+        elbos = [elbo for elbo, _ in self._elbos(model, guide, args, kwargs)]
+        loss = -torch.stack(elbos).sum() / self.num_particles if elbos else torch.zeros(())
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"SparseEnumELBO: expected an ELBO that depends on parameters, got {-loss.item():.6g}, which does not. "
+                "Give model or guide a parameter, or evaluate it under torch.no_grad()."
+            )
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss; adds the gradient to ``.grad``."""
+        total, last = 0.0, None
+        several = self.num_particles > 1 and not self.vectorize_particles
+        with _buffers_kept() if several else nullcontext():
+            for elbo, trainable in self._elbos(model, guide, args, kwargs):
+                if last is not None:
+                    last.backward(retain_graph=True)  # what was computed outside may be shared with what follows
+                total += torch_item(elbo) / self.num_particles
+                last = -elbo / self.num_particles if trainable and elbo.requires_grad else None
+        if last is not None:
+            last.backward(retain_graph=self.retain_graph)
+        warn_if_nan(-total, "loss")  # type: ignore[call-overload]
+        return -total
+
+    def _elbos(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, bool]]:
+        """The ELBO of each trace, where it has terms, and whether there are parameters."""
+        for traces in self._get_traces(model, guide, args, kwargs):
+            elbo = _compute_dice_elbo(*traces)
+            if not is_identically_zero(elbo):
+                yield elbo, any(node["type"] == "param" for trace in traces for node in trace.nodes.values())
+
     def compute_marginals(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As :meth:`pyro.infer.TraceEnum_ELBO.compute_marginals`, over all K outcomes of a sparse prior."""
         return super(SparseEnumELBO, self._quiet()).compute_marginals(_DensePriors()(model), guide, *args, **kwargs)
@@ -197,6 +256,12 @@ class SparseEnumELBO(TraceEnum_ELBO):
         quiet = copy.copy(self)
         quiet.strict_enumeration_warning = False
         return quiet
+
+
+def _buffers_kept() -> AbstractContextManager[None]:
+    """Networks compiled meanwhile can be differentiated more than once; of older versions of torch all can."""
+    config: Any = torch._functorch.config
+    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
 
 
 class _DensePriors(Messenger):

@@ -19,7 +19,7 @@ class SupportStats:
     The supports and rows of one step.
 
     Attributes:
-        mean: the mean support size over the rows of all sparse sites.
+        mean: the mean support size over the rows of all sparse sites; masked rows do not count.
         max: the largest.
         model_rows: (example, outcome) rows on which the model ran, padding included: the largest number of
             log-probabilities at one model site, summed over particles that are not vectorised.
@@ -65,7 +65,8 @@ class StepRecord:
         pooled: dict[str, list[Tensor]] = {}
         for sites in self.sites:
             for name, site in sites.items():
-                pooled.setdefault(name, []).append(site.support_size.flatten())
+                size = site.support_size
+                pooled.setdefault(name, []).append(size[size > 0])  # without masked rows
         sizes = {name: torch.cat(parts) for name, parts in pooled.items()}
         everything = torch.cat([*sizes.values()]) if sizes else torch.zeros(1)
         return SupportStats(
@@ -77,7 +78,7 @@ class StepRecord:
 
 
 def _mean_and_max(sizes: Tensor) -> tuple[float, int]:
-    return sizes.double().mean().item(), int(sizes.max())
+    return (sizes.double().mean().item(), int(sizes.max())) if sizes.numel() else (0.0, 0)
 
 
 def _enumerate_dims(trace: Any, sites: Mapping[str, SparseSite]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse._autograd import underivable
+from pyro_sparse._autograd import is_true, underivable
 from pyro_sparse._precision import widened
 from pyro_sparse.distributions import HardConcrete
 
@@ -152,17 +152,22 @@ _ONCE = (
 class _Bounded(torch.autograd.Function):
     """A clamp to [-bound, bound] with the gradient of the identity, except where descent would lead farther out."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, bound: float) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.bound = bound
+    def forward(logits: Tensor, bound: float) -> Tensor:
         return logits.clamp(-bound, bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        logits, ctx.bound = inputs
+        ctx.save_for_backward(logits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         outward = ((logits > ctx.bound) & (grad < 0)) | ((logits < -ctx.bound) & (grad > 0))
         beyond = (logits.abs() > ctx.bound) & ~outward
-        if torch.is_grad_enabled() and beyond.any():
+        if torch.is_grad_enabled() and not is_true(~beyond):
             grad = grad + underivable(logits, _ONCE)
         return grad.masked_fill(outward, 0.0), None

@@ -39,7 +39,7 @@ from pyro_sparse._autograd import is_tracing
 __all__ = ["entmax", "entmax15", "sparsemax", "topk_sparsemax"]
 
 
-def sparsemax(scores: Tensor, *, dim: int = -1) -> Tensor:
+def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
     r"""Euclidean projection of scores onto the probability simplex, entmax with :math:`\alpha = 2`.
 
     .. math::
@@ -72,7 +72,7 @@ def sparsemax(scores: Tensor, *, dim: int = -1) -> Tensor:
     return _restored(_on_candidates(_sparsemax, x, 1.0), scores, dim)
 
 
-def entmax15(scores: Tensor, *, dim: int = -1) -> Tensor:
+def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
     r"""Half way between softmax and sparsemax: entmax with :math:`\alpha = 1.5`.
 
     .. math::
@@ -106,7 +106,7 @@ def entmax15(scores: Tensor, *, dim: int = -1) -> Tensor:
     return _restored(_on_candidates(_entmax15, x, 2.0), scores, dim)
 
 
-def entmax(scores: Tensor, alpha: float | Tensor, *, dim: int = -1) -> Tensor:
+def entmax(scores: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
     r"""The whole family, differentiable in :math:`\alpha` too.
 
     .. math::
@@ -152,15 +152,15 @@ def entmax(scores: Tensor, alpha: float | Tensor, *, dim: int = -1) -> Tensor:
 
 
 @overload
-def topk_sparsemax(scores: Tensor, k: int, *, dim: int = ..., return_exact: Literal[False] = ...) -> Tensor: ...
+def topk_sparsemax(scores: Tensor, k: int, dim: int = ..., *, return_exact: Literal[False] = ...) -> Tensor: ...
 
 
 @overload
-def topk_sparsemax(scores: Tensor, k: int, *, dim: int = ..., return_exact: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def topk_sparsemax(scores: Tensor, k: int, dim: int = ..., *, return_exact: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
 
 def topk_sparsemax(
-    scores: Tensor, k: int, *, dim: int = -1, return_exact: bool = False
+    scores: Tensor, k: int, dim: int = -1, *, return_exact: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Sparsemax of the :math:`k` largest scores; every other outcome gets zero.
 
@@ -250,7 +250,7 @@ def _entmax(x: Tensor, alpha: Tensor) -> Tensor:
     # Bisection, to all bits of tau: at -1 the largest score alone has probability 1; at -K^(1 - alpha) it has 1 / K.
     fixed, power = ((alpha - 1) * x).detach(), (1 / (alpha - 1)).detach()
     tau = torch.full_like(fixed[..., :1], -1.0)
-    step = 1 - x.shape[-1] ** (1 - alpha.detach())
+    step = 1 - x.new_full((), x.shape[-1]) ** (1 - alpha.detach())  # of a number torch.export would make a constant
     for _ in range(1 - round(math.log2(torch.finfo(x.dtype).eps))):
         step = step / 2
         mass = torch.relu(fixed - tau - step).pow(power).sum(-1, keepdim=True)

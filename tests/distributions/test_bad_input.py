@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from pyro_sparse.distributions import SparseCategorical, SparseOneHotCategorical
+from pyro_sparse.distributions.projected import ProjectedDistribution
+from pyro_sparse.projections import entmax15, sparsemax, topk_sparsemax
 
 INF, NAN = math.inf, math.nan
 
@@ -19,8 +22,8 @@ each_family = pytest.mark.parametrize("family", [SparseCategorical, SparseOneHot
 @pytest.mark.parametrize(
     "kwargs, expected, got",
     [
-        ({}, "either scores or probs", "neither"),
-        ({"scores": torch.zeros(3), "probs": torch.ones(1)}, "either scores or probs", "both"),
+        ({}, "scores, probs or logits", "none"),
+        ({"scores": torch.zeros(3), "probs": torch.ones(1)}, "scores, probs or logits", "scores and probs"),
         ({"scores": torch.zeros(3, dtype=torch.long)}, "floating-point", "torch.int64"),
         ({"probs": torch.ones(1, dtype=torch.long)}, "floating-point", "torch.int64"),
         ({"scores": [1.0, 2.0]}, "floating-point", "list"),
@@ -75,3 +78,34 @@ def test_validation_can_be_switched_off(family: Any) -> None:
     assert torch.equal(family(probs=p, validate_args=False).probs, p)
     with pytest.raises(ValueError):
         family(probs=p, validate_args=True)
+
+
+@pytest.fixture
+def not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProjectedDistribution, "_has_warned", False)
+
+
+@each_family
+@pytest.mark.usefixtures("not_warned_yet")
+@pytest.mark.parametrize("projection", [sparsemax, entmax15])
+def test_probabilities_in_place_of_scores_are_warned_of_once(family: Any, projection: Any) -> None:
+    p = torch.randn(4, 5).softmax(-1)
+    with pytest.warns(
+        UserWarning, match=rf"^{family.__name__}.scores: expected unnormalised scores, .* pass probs=\.$"
+    ):
+        family(p, projection)
+    family(p, projection)  # warnings are errors
+
+
+@each_family
+@pytest.mark.usefixtures("not_warned_yet")
+def test_scores_that_may_be_meant_are_not_warned_of(family: Any) -> None:
+    p = torch.randn(4, 5).softmax(-1)
+    family(p, validate_args=False)
+    family(probs=p)
+    family(logits=p)
+    family(torch.cat([p, torch.randn(1, 5)]))  # not all rows
+    family(torch.tensor([0.5, 0.5, 0.0]))  # a zero is made
+    family(p, functools.partial(topk_sparsemax, k=2))
+    family(torch.ones(3, 1))
+    family(torch.ones(0, 3))

@@ -303,7 +303,7 @@ def test_infer_shapes(name: str) -> None:
 
 @each_family
 def test_arg_constraints_hold(family: Any) -> None:
-    assert set(family.arg_constraints) == {"scores", "probs"}
+    assert set(family.arg_constraints) == {"scores", "probs", "logits"}
     d = family(torch.tensor([[0.0, -INF, 0.5], [1.0, 0.0, 0.2]]))
     for name, constraint in family.arg_constraints.items():
         assert constraint.check(getattr(d, name)).all()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyro_sparse.nn import HardConcreteGate
+from pyro_sparse.nn import HardConcreteGate, L0Linear
 
 
 @pytest.mark.parametrize("temperature, low, high", [(2 / 3, -0.1, 1.1), (0.2, -0.5, 1.1), (2.0, -0.01, 3.0)])
@@ -180,3 +180,24 @@ def test_bad_arguments(options: dict[str, Any], expected: str, got: str) -> None
 def test_an_input_of_another_shape(shape: Any, input_shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^HardConcreteGate: expected an input of shape \(\*, .*got .*\. Give .*\.$"):
         HardConcreteGate(shape)(torch.zeros(input_shape))
+
+
+def test_under_torch_func() -> None:
+    """Gradients of each example, of fixed gates and of gates with a draw for each, as one by one."""
+    network = L0Linear(4, 2, max_logit=2.0, init_open=0.5)
+    network.gate.logits.data = torch.tensor([0.2, -0.5, 3.0, -3.0])  # two beyond the bound
+    parameters, x = dict(network.named_parameters()), torch.randn(5, 4)
+
+    def loss(p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = torch.func.functional_call(network, p, (x,)).square().sum()
+        return total
+
+    network.eval()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
+        for name, value in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(each[name][i], value)
+    network.train()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")(parameters, x[:1].expand(30, -1))
+    assert len(each["weight"].unique(dim=0)) > 1

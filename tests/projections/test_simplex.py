@@ -474,3 +474,24 @@ class TestSearch:
         sparsemax(ROWS["whole"])
         torch.vmap(sparsemax)(ROWS["candidates"])
         assert widths == [4, 6, 12]
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("name", ["sparsemax", "entmax15", "entmax1.7"])
+    def test_export_fixes_no_size(self, name: str) -> None:
+        class Module(torch.nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return FAMILY[name](x)
+
+        sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("outcomes")}
+        exported = torch.export.export(Module(), (torch.randn(4, 7),), dynamic_shapes=(sizes,))
+        x = torch.randn(5, 11)
+        torch.testing.assert_close(exported.module()(x), FAMILY[name](x))
+
+
+def test_dim_by_position() -> None:
+    x = torch.randn(3, 4, 5)
+    for f in (sparsemax, entmax15):
+        assert torch.equal(f(x, 0), f(x, dim=0))
+    assert torch.equal(entmax(x, 1.7, 1), entmax(x, 1.7, dim=1))
+    assert torch.equal(topk_sparsemax(x, 2, 1), topk_sparsemax(x, 2, dim=1))

@@ -1,0 +1,115 @@
+"""
+Rows of a guide site that a mask takes out of the ELBO, such as padded words: one outcome there, not a support.
+
+What such a row draws may still reach a term that no mask takes out. This is looked for in the traces, and such a site
+is enumerated in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.infer.messenger import SparseEnumMessenger
+
+
+class MaskedRowsMessenger(SparseEnumMessenger):
+    """
+    :class:`SparseEnumMessenger` for a guide, which enumerates a single outcome, with weight one, in masked rows.
+
+    Args:
+        whole: the sites to be enumerated in full all the same.
+        args, kwargs: those of :class:`SparseEnumMessenger`.
+    """
+
+    def __init__(self, *args: Any, whole: set[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.whole = whole
+        self.narrowed: dict[str, Tensor] = {}  # the mask of each site that has been
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and not msg["is_observed"] and msg["name"] not in self.whole and self._enumerates(msg):
+            self._narrow(msg)
+        super()._pyro_sample(msg)
+
+    def _narrow(self, msg: Any) -> None:
+        fn: SparseDistribution = msg["fn"]
+        mask = mask_of(msg)
+        if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape or bool(mask.all()):
+            return
+        msg["fn"] = fn.narrowed(mask)
+        if msg["fn"] is not fn:
+            self.narrowed[msg["name"]] = mask
+
+    def _lay_out(self, msg: Any) -> Tensor:
+        values, fn, mask = super()._lay_out(msg), msg["fn"], self.narrowed.get(msg["name"])
+        if mask is None:
+            return values
+        site = self.sites[msg["name"]]
+        self.sites[msg["name"]] = replace(site, support_size=torch.where(mask, site.support_size, 0))
+        # With one slot, the traces would not tell which terms depend on the site.
+        return _with_another(values, fn) if len(values) == 1 and fn.num_outcomes > 1 else values
+
+
+def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_trace: Any) -> set[str]:
+    """Those of the sites whose masked rows are seen by a term that is not masked there."""
+    dims = {name: guide_trace.nodes[name]["infer"]["_enumerate_dim"] for name in narrowed}
+    return {
+        name
+        for trace in (guide_trace, model_trace)
+        for node in trace.nodes.values()
+        if node["type"] == "sample"
+        for name, mask in narrowed.items()
+        if node["log_prob"].dim() >= -dims[name] and node["log_prob"].shape[dims[name]] > 1 and _sees(node, mask)
+    }
+
+
+def _sees(node: Any, mask: Tensor) -> bool:
+    own = mask_of(node)
+    return own is None or bool((own & ~mask).any())
+
+
+def mask_of(node: Any) -> Tensor | None:
+    """What ``poutine.mask`` and ``.mask()`` make of a site together; None where there is no mask."""
+    result = None
+    for mask in _masks(node):
+        if mask is None or mask is True:
+            continue
+        mask = torch.as_tensor(mask, device=node["value"].device if node["value"] is not None else None).bool()
+        result = mask if result is None else result & mask
+    return result
+
+
+def _masks(node: Any) -> Iterator[Any]:
+    yield node["mask"]
+    fn, rightmost = node["fn"], 0  # how many dims of the mask are summed over
+    while fn is not None:
+        mask = getattr(fn, "_mask", None)
+        yield _over_event(mask, rightmost) if isinstance(mask, Tensor) else mask
+        rightmost += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = getattr(fn, "base_dist", None)
+
+
+def _over_event(mask: Tensor, dims: int) -> Tensor:
+    """Whether some part of the event is open."""
+    dims = min(dims, mask.dim())
+    return mask.flatten(-dims).any(-1) if dims else mask
+
+
+def _shape(mask: Tensor, batch_shape: torch.Size) -> torch.Size | None:
+    try:
+        return torch.broadcast_shapes(mask.shape, batch_shape)
+    except RuntimeError:  # it is for Pyro to say so
+        return None
+
+
+def _with_another(values: Tensor, fn: SparseDistribution) -> Tensor:
+    """And in each row another outcome."""
+    first, second = fn.enumerate_support(expand=False)[:2]
+    same = (values == first).all(-1, keepdim=True) if fn.event_shape else values == first
+    return torch.cat([values, torch.where(same, second, first).expand_as(values)])

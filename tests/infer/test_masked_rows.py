@@ -1,0 +1,202 @@
+"""Masked rows of a guide site: they set neither supports nor statistics, and the ELBO is what it is without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from torch import Tensor
+
+from pyro_sparse.distributions import (
+    MaskedSparseDistribution,
+    SparseCategorical,
+    SparseDistribution,
+    SparseOneHotCategorical,
+)
+from pyro_sparse.infer import SparseEnumELBO, sparse_enum
+from pyro_sparse.infer.masked_rows import mask_of
+
+K, T, B = 6, 3, 4
+REAL = torch.arange(T)[:, None] < torch.tensor([3, 1, 2, 1])
+#: in masked rows every outcome has mass, in the others few have
+SCORES = torch.where(REAL.unsqueeze(-1), 4 * torch.randn(T, B, K, generator=torch.Generator().manual_seed(0)), 0.0)
+X = torch.linspace(-1.0, 1.0, T * B).reshape(T, B)
+WEIGHT = torch.linspace(-2.0, 2.0, K)
+Program = Callable[[], None]
+
+
+def scores() -> Tensor:
+    value: Tensor = pyro.param("scores", SCORES.clone().double())
+    return value
+
+
+def decoded(z: Tensor) -> Tensor:
+    return pyro.param("weight", WEIGHT.clone().double())[z]  # type: ignore[no-any-return]
+
+
+def plates() -> Any:
+    return pyro.plate("B", B, dim=-1), pyro.plate("T", T, dim=-2)
+
+
+def prior() -> SparseCategorical:
+    return SparseCategorical(probs=torch.full((K,), 1 / K))
+
+
+def around() -> tuple[Program, Program]:
+    """The mask around all sites."""
+
+    def model() -> None:
+        b, t = plates()
+        with b, t, poutine.mask(mask=REAL):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.Normal(decoded(z), 1.0), obs=X)
+
+    def guide() -> None:
+        b, t = plates()
+        with b, t, poutine.mask(mask=REAL):
+            pyro.sample("z", SparseCategorical(scores()))
+
+    return model, guide
+
+
+def of_distributions(seen: bool = False, also: bool = False) -> tuple[Program, Program]:
+    """The mask of distributions; ``seen``: the data's have none; ``also``: nor has another variable and its data."""
+
+    def model() -> None:
+        b, t = plates()
+        with b, t:
+            z = pyro.sample("z", prior().mask(REAL))
+            x = dist.Normal(decoded(z), 1.0)
+            pyro.sample("x", x if seen else x.mask(REAL), obs=X)
+            if also:
+                y = pyro.sample("y", prior())
+                pyro.sample("w", dist.Normal(decoded(y), 2.0), obs=X)
+
+    def guide() -> None:
+        b, t = plates()
+        with b, t:
+            pyro.sample("z", SparseCategorical(scores()).mask(REAL))
+            if also:
+                pyro.sample("y", SparseCategorical(2 * scores()))
+
+    return model, guide
+
+
+def chain() -> tuple[Program, Program]:
+    """Word by word: a mask on each, the next depends on the last."""
+
+    def program(of_model: bool) -> None:
+        s = scores()
+        with pyro.plate("B", B, dim=-1):
+            z = torch.zeros((), dtype=torch.long)
+            for t in range(T):
+                with poutine.mask(mask=REAL[t]):
+                    bump = 0.3 * decoded(z).unsqueeze(-1) * torch.arange(K)
+                    z = pyro.sample(f"z{t}", prior() if of_model else SparseCategorical(s[t] + bump))
+                    if of_model:
+                        pyro.sample(f"x{t}", dist.Normal(decoded(z), 1.0), obs=X[t])
+
+    return lambda: program(True), lambda: program(False)
+
+
+CASES: dict[str, Callable[[], tuple[Program, Program]]] = {
+    "around": around,
+    "of distributions": of_distributions,
+    "seen by the data": lambda: of_distributions(seen=True),
+    "beside another": lambda: of_distributions(also=True),
+    "chain": chain,
+}
+
+
+def loss_and_gradients(elbo: Any, model: Program, guide: Program) -> list[Tensor]:
+    pyro.clear_param_store()
+    loss = elbo.loss_and_grads(model, guide)
+    leaves = [p.unconstrained() for _, p in sorted(pyro.get_param_store().named_parameters())]
+    return [torch.as_tensor(loss), *(torch.zeros_like(p) if p.grad is None else p.grad for p in leaves)]
+
+
+def dense(model: Program, guide: Program) -> list[Tensor]:
+    return loss_and_gradients(TraceEnum_ELBO(max_plate_nesting=2), model, config_enumerate(guide))
+
+
+@pytest.mark.parametrize("mode", ["padded", "union", "auto"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_elbo_is_the_dense_one(name: str, mode: str) -> None:
+    model, guide = CASES[name]()
+    expected = dense(model, guide)
+    elbo = SparseEnumELBO(mode, max_plate_nesting=2)
+    for _ in range(2):
+        for x, y in zip(loss_and_gradients(elbo, model, guide), expected, strict=True):
+            torch.testing.assert_close(x, y)
+    assert elbo._whole == ({"z"} if name == "seen by the data" else set())
+
+
+@pytest.mark.parametrize("name", ["around", "of distributions"])
+def test_statistics_are_those_of_the_rest(name: str) -> None:
+    sizes = SparseCategorical(SCORES).support_size
+    largest = int(sizes[REAL].max())
+    assert largest < int(sizes.max()) == K
+    elbo = SparseEnumELBO(max_plate_nesting=2, max_support=largest)
+    elbo.loss(*CASES[name]())
+    stats = elbo.last_stats
+    assert stats is not None and stats.max == largest and stats.model_rows == largest * T * B
+    assert stats.mean == pytest.approx(sizes[REAL].double().mean().item())
+
+
+def test_without_the_look_at_the_terms_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: what a masked row draws matters to data that have no mask."""
+    model, guide = of_distributions(seen=True)
+    expected = dense(model, guide)[0]
+    monkeypatch.setattr(sparse_enum, "reaching_unmasked", lambda *_: set())
+    assert abs(loss_and_gradients(SparseEnumELBO(max_plate_nesting=2), model, guide)[0] - expected) > 0.1
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_supports_of_one_outcome(seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slot would do; it is seen all the same whether the data depend on it."""
+    monkeypatch.setitem(globals(), "SCORES", torch.where(REAL.unsqueeze(-1), 50 * SCORES, 0.0))
+    model, guide = of_distributions(seen)
+    elbo = SparseEnumELBO(max_plate_nesting=2)
+    for x, y in zip(loss_and_gradients(elbo, model, guide), dense(model, guide), strict=True):
+        torch.testing.assert_close(x, y)
+    assert elbo.last_stats is not None and elbo.last_stats.max == (K if seen else 1)
+
+
+def test_rows_that_are_all_masked() -> None:
+    def program() -> None:
+        with pyro.plate("d", 2), poutine.mask(mask=torch.tensor([False, False])):
+            pyro.sample("z", SparseCategorical(torch.zeros(3)))
+
+    elbo = SparseEnumELBO(max_plate_nesting=1)
+    assert elbo.loss(program, program) == 0.0
+    assert elbo.last_stats is not None and (elbo.last_stats.mean, elbo.last_stats.max) == (0.0, 0)
+
+
+def test_narrowed() -> None:
+    keep = torch.tensor([True, False])
+    for d in (SparseCategorical(torch.tensor([[0.1, 0.3, 0.0]] * 2)), SparseOneHotCategorical(torch.zeros(2, 3))):
+        for e in (d.narrowed(keep), d.mask(keep).narrowed(keep)):
+            assert e.support_size.tolist() == [3, 1] and isinstance(e, (type(d), MaskedSparseDistribution))
+        torch.testing.assert_close(d.narrowed(keep).probs[0], d.probs[0])
+
+    class Own(SparseDistribution):
+        """A family that cannot."""
+
+    own = object.__new__(Own)
+    assert own.narrowed(keep) is own
+
+
+def test_masks_of_a_site() -> None:
+    """Those of the messenger and of all wrappers; of a mask within an event, the rows with any part open."""
+    a, b = torch.tensor([True, True, False]), torch.tensor([[True, False], [False, False], [True, True]])
+    value = torch.zeros(3)
+    node = {"value": value, "mask": a, "fn": dist.Normal(torch.zeros(3, 2), 1.0).mask(b).to_event(1)}
+    assert mask_of(node).tolist() == [True, False, False]  # type: ignore[union-attr]
+    assert mask_of({"value": value, "mask": None, "fn": dist.Normal(0.0, 1.0)}) is None
+    assert mask_of({"value": value, "mask": False, "fn": dist.Normal(0.0, 1.0).mask(True)}).item() is False  # type: ignore[union-attr]
