@@ -40,7 +40,7 @@ def table_guide(seen: dict[str, Tensor], size: int) -> None:
 
 # Hidden Markov models of chords.
 
-LENGTHS = torch.tensor([4, 2, 3])
+LENGTHS = torch.tensor([3, 1, 2])
 STATES, TONES = 4, 3
 
 
@@ -198,7 +198,7 @@ def lda_guide(predictor: nn.Module, data: Tensor, batch_size: int | None = None)
 
 # Capture and recapture of marked animals, who live or not, in five variants.
 
-ANIMALS, YEARS = 5, 4
+ANIMALS, YEARS = 5, 3
 
 
 class CaptureRecapture:
@@ -245,7 +245,7 @@ class CaptureRecapture:
 
 # The mixed HMM: tracks of animals in groups, with a random effect of each group and each animal, discrete or not.
 
-MOODS, EFFECTS, GROUPS, TRACKS, STEPS, MISSING = 2, 3, 2, 3, 3, 1e-6
+MOODS, EFFECTS, GROUPS, TRACKS, STEPS, MISSING = 2, 3, 2, 3, 2, 1e-6
 
 
 def positive(name: str) -> Tensor:

@@ -74,9 +74,8 @@ def loss_and_gradients(elbo: ELBO, model: Program, guide: Program, *args: Any, *
 
 
 def both(stock: ELBO, ours: ELBO, model: Program, guide: Program, *args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
-    """What each of them finds from one state of the generators, parameters made and plates counted."""
-    for elbo in (stock, ours):
-        elbo.loss(model, guide, *args, **kwargs)
+    """What each of them finds from one state of the generators."""
+    stock.loss(model, guide, *args, **kwargs)  # which makes the parameters
     start = get_rng_state()
     expected = loss_and_gradients(stock, model, guide, *args, **kwargs)
     set_rng_state(start)
@@ -193,8 +192,7 @@ def test_mixture(ours: Any) -> None:
 HMMS: dict[str, Program] = {
     "0": hmm_0,
     "1": hmm_1,
-    "1-batches": partial(hmm_1, batch_size=2),
-    "1-no-prior": partial(hmm_1, prior=False),
+    "1-batches": partial(hmm_1, batch_size=2, prior=False),
     "2": hmm_2,
     "3": partial(factorial, coupled=False),
     "4": partial(factorial, coupled=True),
@@ -233,17 +231,16 @@ def test_capture_recapture(ours: Any, variant: int, vectorize: bool) -> None:
     check(TraceEnum_ELBO(**options), ours(**options), model, guide, captures, sex)
 
 
-EFFECTS = [("none", "none"), ("discrete", "discrete"), ("discrete", "continuous"), ("continuous", "discrete")]
-
-
 @collapsed
-@pytest.mark.parametrize("kinds", [*EFFECTS, ("continuous", "continuous")], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds", [("none", "discrete"), ("discrete", "continuous"), ("continuous", "discrete")], ids="-".join
+)
 def test_mixed_hidden_markov_model(ours: Any, kinds: tuple[str, str]) -> None:
     size = (TRACKS, GROUPS, STEPS)
     steps, angles, turns = torch.rand(size), 2 * torch.rand(size) - 1, torch.rand(size)
-    steps[0, 0, 1] = turns[1, 1, 2] = MISSING
+    steps[0, 0, 1] = turns[1, 1, 0] = MISSING
     there = torch.tensor([[True, True], [True, True], [True, False]])
-    until = torch.tensor([[3, 2], [2, 3], [1, 1]])
+    until = torch.tensor([[2, 1], [1, 2], [2, 2]])
     masks = (there, torch.arange(STEPS) < until[..., None])
     model, guide = partial(tracks_model, kinds), partial(tracks_guide, kinds)
     stock = TraceEnum_ELBO(max_plate_nesting=2)
