@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV = .venv
 # An index of PyTorch's own, to choose the CPU-only or a CUDA build: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX =
+# The versions to install: make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+CONSTRAINTS = constraints.txt
 # Options of the demo: make demo ARGS="--num-codes 64 --epochs 5"
 ARGS =
 
@@ -12,7 +14,7 @@ PYTEST = $(RUN) -m pytest
 PARALLEL = -n 2
 NOTEBOOKS = $(patsubst tutorials/%.md,build/tutorials/%.ipynb,$(wildcard tutorials/[0-9]*.md))
 
-.PHONY: demo test test-slow lint types contracts doctest tutorials tutorials-full bench clean
+.PHONY: demo test test-slow test-versions lint types contracts doctest tutorials tutorials-full bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -24,6 +26,13 @@ test: $(VENV)/test.installed
 
 test-slow: $(VENV)/test.installed
 	$(PYTEST) -m slow $(PARALLEL)
+
+# The fast tests on the oldest and the newest versions, each in an environment of its own. pip's own torch is a CUDA build
+# of several GB, unless TORCH_INDEX says otherwise.
+test-versions:
+	for versions in oldest newest; do \
+		$(MAKE) test VENV=$(VENV)-$$versions CONSTRAINTS=constraints-$$versions.txt || exit 1; \
+	done
 
 lint: $(VENV)/dev.installed
 	$(RUN) -m ruff check .
@@ -54,17 +63,17 @@ bench: $(VENV)/test.installed
 	for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
 # One environment; each stamp says that the extra of its name is installed in it, and is renewed when the files change
 # that decide what that means.
-$(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/%.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 ifneq ($(TORCH_INDEX),)
-	$(RUN) -m pip install --constraint constraints.txt --index-url $(TORCH_INDEX) torch
+	$(RUN) -m pip install --constraint $(CONSTRAINTS) --index-url $(TORCH_INDEX) torch
 	echo "$(TORCH_INDEX)" > $(VENV)/torch-index
 endif
-	$(RUN) -m pip install --constraint constraints.txt --editable ".[$*]"
+	$(RUN) -m pip install --constraint $(CONSTRAINTS) --editable ".[$*]"
 	touch $@
 
 # pip keeps the torch that it finds, so another index would change nothing.

@@ -79,7 +79,7 @@ def test_by_what_comes_after_it_is_right() -> None:
     torch.testing.assert_close(mixed, expected[0][1])
 
 
-@pytest.mark.filterwarnings("ignore")  # torch deprecates its own trace
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")  # by torch itself
 def test_in_a_trace() -> None:
     s = S.clone().requires_grad_()
     traced = torch.jit.trace(once, s, check_trace=False)

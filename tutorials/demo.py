@@ -1,5 +1,6 @@
 r"""
-A clustering VAE on handwritten digits, trained four ways: ``python tutorials/demo.py`` (about two minutes).
+A clustering VAE on handwritten digits, trained four ways: ``python tutorials/demo.py`` (about two minutes; it says how
+long it will take on your machine).
 
 Each 8 by 8 image x of binary pixels has a code z, one of K, which picks a prototype, and a continuous style s, which
 deforms it:
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -162,7 +163,62 @@ class Run:
     peak_bytes: int = 0
 
 
-def train(name: str, digits: Digits, num_codes: int, epochs: int, seed: int, quiet: bool = False) -> Run:
+class Progress:
+    """
+    How far all runs are together: a bar in a terminal, else a line every ten epochs. The forecast weighs what is left
+    by the time that one minibatch and one draw take, timed first, and by how the time so far compares with that.
+    """
+
+    def __init__(self, names: Iterable[str], digits: Digits, num_codes: int, epochs: int) -> None:
+        self.epochs = epochs
+        self.expected = {name: expected_seconds(name, digits, num_codes) for name in names}
+        self.total = sum(epochs * epoch + test for epoch, test in self.expected.values())
+        self.done, self.started = 0.0, time.perf_counter()
+        print(f"{epochs} epochs by {', '.join(self.expected)}: about {self.total:.0f} seconds", flush=True)
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+        self.bar = tqdm(total=self.total, bar_format=form, disable=None)  # None: in a terminal only
+
+    def trained(self, run: Run) -> None:
+        """One more epoch."""
+        support = f"{run.support_mean[-1]:.1f}" if run.support_mean else f"{run.vae.num_codes}"
+        epoch = len(run.elbo)
+        said = f"epoch {epoch} of {self.epochs}, ELBO {run.elbo[-1]:.2f}, support {support}"
+        self._advance(run.name, self.expected[run.name][0], said)
+        if self.bar.disable and (epoch == self.epochs or epoch % 10 == 0):
+            print(f"{run.name:>10}: {said}, {self._forecast()}", flush=True)
+
+    def tested(self, run: Run) -> None:
+        self._advance(run.name, self.expected[run.name][1], "tested")
+
+    def _advance(self, name: str, work: float, said: str) -> None:
+        self.done += work
+        self.bar.set_description_str(f"{name:>10}", refresh=False)
+        self.bar.set_postfix_str(f"{self._forecast()}; {said}", refresh=False)
+        self.bar.update(min(work, self.total - self.bar.n))  # rounding must not lead beyond the end
+
+    def _forecast(self) -> str:
+        left = (self.total - self.done) * (time.perf_counter() - self.started) / self.done
+        return f"about {max(left, 0.0):.0f} s left"
+
+
+def expected_seconds(name: str, digits: Digits, num_codes: int) -> tuple[float, float]:
+    """Of an epoch and of the test: from a minibatch and a draw, after others, since torch is slow at its first ones."""
+    vae, images = ClusteringVAE(num_codes, ESTIMATORS[name]), digits.train_images
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": LEARNING_RATE}), loss=ESTIMATORS[name].elbo())
+    pyro.clear_param_store()
+
+    def second_time(call: Callable[[], object]) -> float:
+        call()
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    step = second_time(lambda: svi.step(images[:BATCH]))
+    draw = second_time(lambda: elbo_per_image(vae, digits.test_images, seed=0, draws=1))
+    return step * len(images) / BATCH, draw * TEST_DRAWS
+
+
+def train(name: str, digits: Digits, num_codes: int, epochs: int, seed: int, progress: Progress | None = None) -> Run:
     """Trains with one estimator. Runs of one seed start from the same weights and see the same minibatches."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -172,18 +228,16 @@ def train(name: str, digits: Digits, num_codes: int, epochs: int, seed: int, qui
     elbo = ESTIMATORS[name].elbo()
     svi = SVI(run.vae.model, run.vae.guide, pyro.optim.Adam({"lr": LEARNING_RATE}), loss=elbo)
 
-    with tqdm(total=epochs, desc=f"{name:>10}", unit="epoch", disable=quiet or None) as bar:  # None: in a terminal only
-        for epoch in range(1, epochs + 1):
-            order = torch.randperm(len(images), generator=shuffle)
-            train_epoch(run, svi, elbo, [images[indices] for indices in order.split(BATCH)])
-            support = f"{run.support_mean[-1]:.1f}" if run.support_mean else f"{num_codes}"
-            bar.set_postfix_str(f"ELBO {run.elbo[-1]:.2f}, support {support}", refresh=False)
-            bar.update()
-            if bar.disable and not quiet and (epoch == epochs or epoch % 10 == 0):
-                print(f"{name:>10}: epoch {epoch} of {epochs}, ELBO {run.elbo[-1]:.2f}, support {support}", flush=True)
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=shuffle)
+        train_epoch(run, svi, elbo, [images[indices] for indices in order.split(BATCH)])
+        if progress is not None:
+            progress.trained(run)
 
     count_codes(run, digits)
-    run.test_elbo = elbo_per_image(run.vae, digits.test_images, seed)
+    run.test_elbo = elbo_per_image(run.vae, digits.test_images, seed, TEST_DRAWS)
+    if progress is not None:
+        progress.tested(run)
     with peak_memory() as memory:
         svi.step(images[:BATCH])
     run.peak_bytes = memory.peak
@@ -221,13 +275,13 @@ def count_codes(run: Run, digits: Digits) -> None:
 
 
 @torch.no_grad()
-def elbo_per_image(vae: ClusteringVAE, images: Tensor, seed: int) -> float:
+def elbo_per_image(vae: ClusteringVAE, images: Tensor, seed: int, draws: int) -> float:
     """
     The ELBO in nats per image, by one rule for all runs: stock TraceEnum_ELBO over all K codes (a code of probability
-    zero adds nothing) with the same TEST_DRAWS draws of noise for the style.
+    zero adds nothing) with the same draws of noise for the style.
     """
     pyro.set_rng_seed(seed)
-    elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=TEST_DRAWS)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=draws)
     return -elbo.loss(vae.model, config_enumerate(vae.guide), images) / len(images)
 
 
@@ -292,10 +346,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     names = ESTIMATORS if "all" in args.estimator else dict.fromkeys(args.estimator)
+    torch.set_num_threads(
+        1
+    )  # these tensors are small: threads would wait for each other, on a busy machine for minutes
     digits = load_digits()
     print(f"{len(digits.train_images)} digits to train, {len(digits.test_images)} to test, K = {args.num_codes} codes")
-    train("sparsemax", digits, num_codes=2, epochs=1, seed=0, quiet=True)  # torch and Pyro are slow at their first step
-    runs = [train(name, digits, args.num_codes, args.epochs, args.seed) for name in names]
+    progress = Progress(names, digits, args.num_codes, args.epochs)
+    runs = [train(name, digits, args.num_codes, args.epochs, args.seed, progress) for name in names]
+    progress.bar.close()
     print(f"\n{table(runs)}\n\n{NOTES}\n")
     draw_figures(runs, digits, args.out)
     print(f"Pictures: {args.out.resolve()}")

@@ -137,11 +137,16 @@ def _check_model(make_elbo: MakeELBO, model: EstimatorModel, tol: float) -> str:
     """What is wrong on one model; empty if nothing is."""
     with clean_room():
         pyro.set_rng_seed(0)
+        reached = set()
         for _ in range(FIRST_RUNS):
             guide_trace = poutine.trace(model.guide).get_trace(*model.args)
             poutine.replay(model.model, trace=guide_trace)(*model.args)
+            reached.add(frozenset(guide_trace.nodes))
         parameters = dict(pyro.get_param_store().named_parameters())
         elbo: Any = make_elbo(max_plate_nesting=model.max_plate_nesting)
+        if len(reached) > 1:  # of several branches, the steps that follow may miss one: give its sites their estimators
+            for _ in range(FIRST_RUNS):
+                elbo.loss(model.model, model.guide, *model.args)
         for _ in range(WARM_UP):
             elbo.loss_and_grads(model.model, model.guide, *model.args)
         _disturb_others(elbo, parameters)

@@ -242,7 +242,7 @@ def test_a_trace_made_without_a_gradient_has_one(name: str) -> None:
     assert results[0][1].abs().sum() > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its first use of forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch, of its own first use of forward mode
 @pytest.mark.parametrize("name", DRAWS)
 def test_forward_mode(name: str) -> None:
     a = torch.full((20,), 0.4)

@@ -247,9 +247,20 @@ def test_rounding_of_many_coordinates_is_forgiven() -> None:
     assert mixed_simplex.check(y * (1 + 5e-6)) and not mixed_simplex.check(y * (1 + 1e-3))
 
 
+def gamma_needs_data() -> bool:
+    """Whether torch lacks the rule for the shape of a gamma draw, as 2.7 does."""
+    try:
+        torch._standard_gamma(torch.ones((), device="meta"))
+    except NotImplementedError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_waits_for_a_device_or_leaves_it(kind: str) -> None:
     """A tensor without data cannot be looked at, nor be mixed with one that is elsewhere."""
+    if "Dirichlet" in kind and gamma_needs_data():
+        pytest.skip("this torch cannot draw from a gamma distribution without data")
     p = {name: torch.ones_like(x, device="meta") for name, x in random_parameters(4).items()}
     with pyro.validation_enabled(False):
         d, q = make(kind, attached(p)), make("MixedLogisticNormal", p)

@@ -63,7 +63,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_dependence_is_found(way: str) -> None:
     provenance = Provenance()
     with provenance.watching():

@@ -32,8 +32,9 @@ FAMILY: dict[str, Projection] = {
 }
 every = pytest.mark.parametrize("f", FAMILY.values(), ids=FAMILY.keys())
 
-# torch.func.jacfwd and inductor themselves call torch.jit.script, which torch deprecates.
-torch_warns = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+# torch.func.jacfwd and inductor themselves call torch.jit.script, which torch deprecates: by a DeprecationWarning, from
+# 2.14 on by a FutureWarning.
+torch_warns = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 # Rows for derivatives: dense and sparse supports, one of size one, a mask. Every zero is MARGIN or more below the
 # threshold of each projection (test_smooth_rows). Row lengths of 6 are projected whole, those of 12 by candidates.

@@ -20,7 +20,9 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import demo
 
     monkeypatch.setattr(demo, "TEST_DRAWS", 1)
+    threads = torch.get_num_threads()
     yield demo
+    torch.set_num_threads(threads)
 
 
 def few(demo: ModuleType) -> Any:
@@ -31,9 +33,10 @@ def few(demo: ModuleType) -> Any:
 def test_main_job(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo.main(["--epochs", "1", "--num-codes", "6", "--out", str(tmp_path)])
     out = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"1 epochs by dense, sparsemax, entmax15, tracegraph: about \d+ seconds", out[1])
     for name in demo.ESTIMATORS:
         progress, row = (line for line in out if line.lstrip().startswith(name))
-        assert f"{name}: epoch 1 of 1, ELBO -" in progress
+        assert re.fullmatch(rf" *{name}: epoch 1 of 1, ELBO -\d+\.\d\d, support [\d.]+, about \d+ s left", progress)
         assert re.fullmatch(r" +\w+ +-\d+\.\d\d +-\d+\.\d\d +\d+\.\d% +\d\.\d +\d+\.\d{3} +\d+\.\d", row)
     assert out[-1] == f"Pictures: {tmp_path}"
     pictures = sorted(tmp_path.iterdir())
@@ -44,7 +47,7 @@ def test_main_job(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", ["dense", "sparsemax", "entmax15", "tracegraph"])
 def test_same_seed_same_numbers(demo: ModuleType, name: str) -> None:
     def cells(seed: int) -> list[str]:
-        run = demo.train(name, few(demo), 6, 2, seed, quiet=True)
+        run = demo.train(name, few(demo), 6, 2, seed)
         run.seconds = [0.0]
         return [repr(run.elbo), repr(run.test_elbo), *demo.table([run]).split()]
 
@@ -74,7 +77,7 @@ def test_bad_input_is_refused(
 
 def test_runs_differ_only_by_estimator(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "LEARNING_RATE", 0.0)
-    first, *others = [demo.train(name, few(demo), 5, 1, seed=3, quiet=True) for name in demo.ESTIMATORS]
+    first, *others = [demo.train(name, few(demo), 5, 1, seed=3) for name in demo.ESTIMATORS]
     for run in others:
         for net in ("encoder", "decoder"):
             for a, b in zip(getattr(first.vae, net).parameters(), getattr(run.vae, net).parameters(), strict=True):
@@ -110,7 +113,7 @@ def test_purity_by_hand(demo: ModuleType) -> None:
 
 
 def test_decoder_rows_and_supports(demo: ModuleType) -> None:
-    runs = {name: demo.train(name, few(demo), 6, 1, seed=0, quiet=True) for name in demo.ESTIMATORS}
+    runs = {name: demo.train(name, few(demo), 6, 1, seed=0) for name in demo.ESTIMATORS}
     assert runs["dense"].decoder_rows == [6.0]
     assert runs["tracegraph"].decoder_rows == [1.0]
     for name in ("sparsemax", "entmax15"):
