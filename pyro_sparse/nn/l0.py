@@ -158,8 +158,9 @@ def smaller_conv2d(layer: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.
     return _with(new, layer, weight, bias)
 
 
-def _with(new: _L, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> _L:
-    new.weight = nn.Parameter(weight.detach().clone())
+def _with(new: _L, layer: _L, weight: Tensor, bias: Tensor | None) -> _L:
+    frozen = layer.bias if layer.bias is not None else layer.weight
+    new.weight = nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)
     if bias is not None:
-        new.bias = nn.Parameter(bias.detach().clone())
+        new.bias = nn.Parameter(bias.detach().clone(), frozen.requires_grad)
     return new.train(layer.training)
