@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse.nn.l0 import L0Conv2d, L0Linear, smaller_conv2d, smaller_linear
+from pyro_sparse.nn.l0 import L0Linear, smaller_linear
+from pyro_sparse.nn.l0_convolutions import L0Conv2d, smaller_conv
 
 _SIZES = (16, 64)  # of maps on which a module is tried
 
@@ -36,7 +37,7 @@ class _Layer(NamedTuple):
         weight = self.weight[outputs][:, inputs]
         bias = None if self.bias is None else self.bias[outputs]
         if isinstance(self.module, nn.Conv2d):
-            return smaller_conv2d(self.module, weight, bias)
+            return smaller_conv(self.module, nn.Conv2d, weight, bias)
         return smaller_linear(self.module, weight, bias)
 
 
