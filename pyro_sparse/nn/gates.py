@@ -3,7 +3,8 @@ r"""Gates with learnt parameters: random while a network trains, fixed and often
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,12 +12,77 @@ from torch import Tensor, nn
 
 from pyro_sparse._autograd import is_true, underivable
 from pyro_sparse._precision import widened
-from pyro_sparse.distributions import HardConcrete
+from pyro_sparse.distributions import HardConcrete, MixedDistribution
 
 PointKind = Literal["l0", "mean", "median", "mode"]
 
 
-class HardConcreteGate(nn.Module):
+class Gate(nn.Module):
+    r"""
+    Multiplies its input by gates z, which are random in training mode and have the values
+    ``distribution.point_estimate(kind)`` in ``eval()`` mode. A family says which :attr:`distribution` they have.
+
+    A module may be used, or given to layers as their ``gate``, in several places. Its parameters are the same there;
+    draws are, too, under :meth:`one_draw`.
+    """
+
+    per_example: bool
+    kind: str
+    _drawn: dict[torch.Size, Tensor] | None = None
+
+    def __init__(self, shape: int | Sequence[int], init_open: float, per_example: bool, kind: str) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.shape = torch.Size([shape] if isinstance(shape, int) else shape)
+        if min(self.shape, default=1) < 1:
+            raise ValueError(f"{name}: expected sizes of at least 1, got {tuple(self.shape)}. Say how many gates.")
+        if not 0 < init_open < 1:
+            raise ValueError(f"{name}: expected init_open in (0, 1), got {init_open!r}. Use, say, 0.9.")
+        self.per_example, self.kind = per_example, kind
+
+    @property
+    def distribution(self) -> MixedDistribution:
+        """Of the gates; its batch shape is ``shape``."""
+        raise NotImplementedError
+
+    @property
+    def expected_l0(self) -> Tensor:
+        r""":math:`\sum_j P(z_j \ne 0)`, the expected number of open gates; a scalar, in float32 at least."""
+        return widened(self.distribution.prob_nonzero).sum()
+
+    def point_estimate(self) -> Tensor:
+        """The gates' values in ``eval()`` mode, whatever the mode is; shape ``shape``."""
+        return self.distribution.point_estimate(kind=self.kind)
+
+    @contextmanager
+    def one_draw(self) -> Iterator[None]:
+        """All calls under it use the same gates, such as those of one pass through a network that shares them."""
+        before, self._drawn = self._drawn, {}
+        try:
+            yield
+        finally:
+            self._drawn = before
+
+    def _draw(self, size: torch.Size) -> Tensor:
+        if self._drawn is None:
+            return self.distribution.rsample(size)
+        if size not in self._drawn:
+            self._drawn[size] = self.distribution.rsample(size)
+        return self._drawn[size]
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, dims = self.shape, len(self.shape)
+        if x.dim() < dims or any(n not in (1, m) for n, m in zip(size, x.shape[x.dim() - dims :], strict=True)):
+            raise ValueError(
+                f"{type(self).__name__}: expected an input of shape (*, {', '.join(map(str, size))}), got "
+                f"{tuple(x.shape)}. Give the gates the shape of the input's last dimensions, or sizes 1 there."
+            )
+        if not self.training:
+            return x * self.point_estimate()
+        return x * self._draw(x.shape[: x.dim() - dims] if self.per_example else torch.Size())
+
+
+class HardConcreteGate(Gate):
     r"""
     Multiplies its input by gates :math:`z \in [0, 1]` with a hard concrete distribution,
 
@@ -84,12 +150,7 @@ class HardConcreteGate(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        size = torch.Size([shape] if isinstance(shape, int) else shape)
-        if min(size, default=1) < 1:
-            raise ValueError(f"HardConcreteGate: expected sizes of at least 1, got {tuple(size)}. Say how many gates.")
-        if not 0 < init_open < 1:
-            raise ValueError(f"HardConcreteGate: expected init_open in (0, 1), got {init_open!r}. Use, say, 0.9.")
+        super().__init__(shape, init_open, per_example, kind)
         if not 0 < temperature < math.inf:
             raise ValueError(f"HardConcreteGate: expected temperature > 0, got {temperature!r}. Use, say, 2/3.")
         if not (-math.inf < low < 0 and 1 < high < math.inf):
@@ -108,35 +169,13 @@ class HardConcreteGate(nn.Module):
             )
         self.temperature, self.low, self.high = temperature, low, high
         self.max_logit = max_logit
-        self.per_example = per_example
-        self.kind = kind
-        self.logits = nn.Parameter(torch.full(size, logit, device=device, dtype=dtype))
+        self.logits = nn.Parameter(torch.full(self.shape, logit, device=device, dtype=dtype))
 
     @property
     def distribution(self) -> HardConcrete:
         """Of the gates, with the logits that are used; its batch shape is ``shape``."""
         logits = self.logits if self.max_logit is None else _Bounded.apply(self.logits, self.max_logit)
         return HardConcrete(self.temperature, logits, self.low, self.high)
-
-    @property
-    def expected_l0(self) -> Tensor:
-        r""":math:`\sum_j P(z_j \ne 0)`, the expected number of open gates; a scalar, in float32 at least."""
-        return widened(self.distribution.prob_nonzero).sum()
-
-    def point_estimate(self) -> Tensor:
-        """The gates' values in ``eval()`` mode, whatever the mode is; shape ``shape``."""
-        return self.distribution.point_estimate(kind=self.kind)
-
-    def forward(self, x: Tensor) -> Tensor:
-        size, dims = self.logits.shape, self.logits.dim()
-        if x.dim() < dims or any(n not in (1, m) for n, m in zip(size, x.shape[x.dim() - dims :], strict=True)):
-            raise ValueError(
-                f"HardConcreteGate: expected an input of shape (*, {', '.join(map(str, size))}), got "
-                f"{tuple(x.shape)}. Give the gates the shape of the input's last dimensions, or sizes 1 there."
-            )
-        if not self.training:
-            return x * self.point_estimate()
-        return x * self.distribution.rsample(x.shape[: x.dim() - dims] if self.per_example else torch.Size())
 
     def extra_repr(self) -> str:
         options = f"temperature={self.temperature:.4g}, low={self.low}, high={self.high}, max_logit={self.max_logit}"

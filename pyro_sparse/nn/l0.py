@@ -1,15 +1,16 @@
-r"""Layers that learn which of their inputs, or of their feature maps, they need."""
+r"""Layers that learn which of their inputs they need."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse.nn.gates import HardConcreteGate
+from pyro_sparse.nn.gates import Gate, HardConcreteGate
 
-_L = TypeVar("_L", nn.Linear, nn.Conv2d)
+_L = TypeVar("_L", bound=Any)
+_M = TypeVar("_M", bound=Any)
 
 
 class L0Linear(nn.Linear):
@@ -28,7 +29,8 @@ class L0Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        gate_options: keywords of :class:`HardConcreteGate`: ``init_open``, ``temperature``, ``max_logit``, ...
+        gate: the class of its gate, or a gate that it shares with other layers (see :class:`~pyro_sparse.nn.Gate`).
+        gate_options: keywords of the gate's class: ``init_open``, ``temperature``, ``max_logit``, ...
 
     Shapes: input ``(*, in_features)``, output ``(*, out_features)``.
 
@@ -43,10 +45,20 @@ class L0Linear(nn.Linear):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        gate: Gate | type[Gate] = HardConcreteGate,
         **gate_options: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.gate = HardConcreteGate(in_features, device=device, dtype=dtype, **gate_options)
+        self.gate = given_gate("L0Linear", gate, (in_features,), device, dtype, gate_options)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, **gate_options: Any) -> L0Linear:
+        """A layer with the weights of another one, such as a trained one, as a copy; ``gate`` is an option, too."""
+        like = layer.weight
+        sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+        new = cls(*sizes, bias, like.device, like.dtype, **gate_options)
+        return with_weights(new, layer, layer.weight, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.gate(x))
@@ -73,93 +85,30 @@ class L0Linear(nn.Linear):
         return self.weight * self.gate.point_estimate(), self.bias
 
 
-class L0Conv2d(nn.Conv2d):
-    r"""
-    An ``nn.Conv2d`` with a gate on each feature map that it puts out, the bias included,
-
-    .. math:: y_c = z_c\,(W_c * x + b_c), \qquad z_c \sim \operatorname{HardConcrete}(\log\alpha_c),
-
-    so that a closed gate makes the map exactly zero, and takes its filter away. As for :class:`L0Linear`,
-    ``expected_l0`` counts weights and ``gate.expected_l0`` feature maps.
-
-    Args:
-        in_channels, out_channels, kernel_size, ...: as in ``nn.Conv2d``, by position or by name.
-        gate_options: keywords of :class:`HardConcreteGate`: ``init_open``, ``temperature``, ``max_logit``, ...
-
-    Shapes: input ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``, output as that of ``nn.Conv2d``.
-
-    Reference: as for :class:`L0Linear`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **gate_options: Any,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        self.gate = HardConcreteGate((out_channels, 1, 1), device=device, dtype=dtype, **gate_options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate(super().forward(x))
-
-    @property
-    def expected_l0(self) -> Tensor:
-        r"""The expected number of weights that are not zero; a scalar. Biases do not count."""
-        return self.weight[0].numel() * self.gate.expected_l0
-
-    @property
-    def expected_l2(self) -> Tensor:
-        r""":math:`\sum_c P(z_c \ne 0) \lVert W_c \rVert^2`, weight decay that spares what is closed (§2.3)."""
-        return self.gate.distribution.prob_nonzero.flatten() @ self.weight.square().flatten(1).sum(1)
-
-    @torch.no_grad()
-    def prune(self) -> tuple[nn.Conv2d, Tensor]:
-        """An ordinary layer and the indices of the feature maps that it keeps; the others are zero."""
-        if self.groups != 1:
-            raise ValueError(f"L0Conv2d.prune: expected groups=1, got {self.groups}. Prune it by hand.")
-        kept = self.gate.point_estimate().flatten().nonzero()[:, 0]
-        if len(kept) == 0:
-            raise ValueError("L0Conv2d.prune: expected an open feature map, got none. Train with a smaller penalty.")
-        weight, bias = self.folded()
-        return smaller_conv2d(self, weight[kept], None if bias is None else bias[kept]), kept
-
-    def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the ordinary layer of this size that does in ``eval()`` mode the same."""
-        z = self.gate.point_estimate()
-        return self.weight * z.unsqueeze(-1), None if self.bias is None else self.bias * z.flatten()
-
-
 def smaller_linear(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A plain ``nn.Linear`` with these weights, in the same mode."""
     # Built with one unit and without memory: no random numbers are drawn for weights that would be overwritten.
     new = nn.Linear(1, 1, bias is not None, device="meta")
     new.out_features, new.in_features = weight.shape
-    return _with(new, layer, weight, bias)
+    return with_weights(new, layer, weight, bias)
 
 
-def smaller_conv2d(layer: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """A plain ``nn.Conv2d`` with these weights and the other options of ``layer``, in the same mode."""
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    options: dict[str, Any] = {name: getattr(layer, name) for name in names}
-    new = nn.Conv2d(1, 1, **options, bias=bias is not None, device="meta")
-    new.out_channels, new.in_channels = weight.shape[:2]
-    return _with(new, layer, weight, bias)
+def given_gate(owner: str, gate: Any, shape: tuple[int, ...], device: Any, dtype: Any, options: dict[str, Any]) -> Gate:
+    """The gate of a layer: new, or shared."""
+    if not isinstance(gate, Gate):
+        new: Gate = gate(shape, device=device, dtype=dtype, **options)
+        return new
+    if options:
+        raise ValueError(f"{owner}: expected no options with a given gate, got {sorted(options)}. Leave them out.")
+    if gate.shape != shape:
+        raise ValueError(f"{owner}: expected a gate of shape {shape}, got {tuple(gate.shape)}. Make one of that shape.")
+    return gate
 
 
-def _with(new: _L, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> _L:
-    new.weight = nn.Parameter(weight.detach().clone())
+def with_weights(new: _L, layer: _M, weight: Tensor, bias: Tensor | None) -> _L:
+    """``new``, with copies of these, in the mode of ``layer``; what was frozen there is."""
+    frozen = layer.bias if layer.bias is not None else layer.weight
+    new.weight = nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)
     if bias is not None:
-        new.bias = nn.Parameter(bias.detach().clone())
+        new.bias = nn.Parameter(bias.detach().clone(), frozen.requires_grad)
     return new.train(layer.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -138,7 +139,11 @@ def test_modes_are_kept_module_by_module() -> None:
     [
         (L0Linear(3, 2), TypeError, r"an nn.Sequential, got L0Linear\. "),
         (nn.Sequential(nn.ReLU()), ValueError, r"a network with layers, got Sequential.*\. "),
-        (nn.Sequential(L0Linear(3, 2), nn.Sigmoid(), L0Linear(2, 2)), TypeError, r"got Sigmoid\(\) as module 1\. "),
+        (
+            nn.Sequential(L0Linear(3, 2), nn.Softmax(-1), L0Linear(2, 2)),
+            TypeError,
+            r"got Softmax\(dim=-1\) as module 1\. ",
+        ),
         (nn.Sequential(L0Linear(3, 2), nn.LayerNorm(2), L0Linear(2, 2)), TypeError, "got LayerNorm.* as module 1"),
         (nn.Sequential(nn.Sequential(L0Linear(3, 2)), L0Linear(2, 2)), TypeError, "got Sequential.* as module 0"),
         (nn.Sequential(nn.Flatten(), L0Linear(3, 2)), TypeError, "got Flatten.* as module 0"),
@@ -159,3 +164,96 @@ def test_modes_are_kept_module_by_module() -> None:
 def test_what_cannot_be_pruned(network: nn.Module, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=rf"(?s)^prune: expected .*{message}"):
         prune(network)  # type: ignore[arg-type]
+
+
+ELEMENTWISE = (
+    nn.ReLU6(),
+    nn.Hardtanh(),
+    nn.Mish(),
+    nn.SELU(),
+    nn.Softsign(),
+    nn.PReLU(6),
+    nn.PReLU(),
+    nn.Softplus(),
+    nn.Sigmoid(),
+)
+
+
+def half_closed(network: nn.Sequential) -> nn.Sequential:
+    for gate in gates(network):
+        gate.logits.data.fill_(4.0)
+        gate.logits.data[::2] = -4.0
+    return network.eval()
+
+
+def with_statistics(network: nn.Sequential) -> nn.Sequential:
+    """Normalisations and slopes that are not those of the start."""
+    for module in network:
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            for x in (module.running_mean, module.weight.data, module.bias.data):
+                x.copy_(torch.randn(len(x)))  # type: ignore[union-attr]
+            module.running_var.copy_(torch.rand(module.num_features) + 0.5)  # type: ignore[union-attr]
+        if isinstance(module, nn.PReLU):
+            module.weight.data = torch.rand(module.num_parameters)
+    return network
+
+
+@pytest.mark.parametrize("activation", ELEMENTWISE, ids=str)
+def test_any_activation(activation: nn.Module) -> None:
+    """Whatever treats units by themselves; what is constant behind a closed gate goes into the next bias."""
+    linear = nn.Sequential(L0Linear(4, 6), copy.deepcopy(activation).double(), L0Linear(6, 3))
+    maps = nn.Sequential(
+        *(L0Conv2d(2, 6, 3), copy.deepcopy(activation).double(), nn.Conv2d(6, 4, 3, bias=False), nn.ReLU()),
+        *(
+            L0Conv2d(4, 6, 1),
+            copy.deepcopy(activation).double(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, 3),
+        ),
+    )
+    for network, shape in ((linear, (5, 4)), (maps, (5, 2, 8, 8))):
+        half_closed(with_statistics(network))
+        x = torch.randn(shape)
+        smaller, kept = prune(network)
+        torch.testing.assert_close(smaller(x[:, kept]), network(x))
+        layers = [m for m in smaller if isinstance(m, (nn.Linear, nn.Conv2d))]
+        assert all(m.weight.shape[1] == 3 for m in layers[1::2])
+
+
+def test_through_normalisation_by_batches() -> None:
+    """Its constants go into the next bias; maps that the next convolution pads with zeros stay."""
+    network = nn.Sequential(
+        *(L0Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), L0Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4)),
+        *(nn.Flatten(), nn.Linear(144, 6), nn.BatchNorm1d(6), nn.ReLU(), L0Linear(6, 3)),
+    )
+    half_closed(with_statistics(network))
+    network[1].bias.data[:3] = network[1].running_mean[:3] = 0.0
+    smaller, kept = prune(network)
+    x = torch.randn(5, 2, 8, 8)
+    torch.testing.assert_close(smaller(x[:, kept]), network(x))
+    assert smaller[4].num_features == 2 and smaller[6].weight.shape == (3, 72) and smaller[7].num_features == 3
+    zero = torch.zeros(6)  # maps that a constant, not zero, keeps are there in the padded convolution alone
+    constant = (zero - network[1].running_mean) / (network[1].running_var + 1e-5).sqrt() * network[1].weight
+    stay = (constant + network[1].bias).relu()[::2] > 0
+    assert len(smaller[0].weight) == 3 + int(stay.sum())
+
+
+def test_names_and_frozen_parameters_stay() -> None:
+    network = nn.Sequential(
+        OrderedDict(first=L0Linear(4, 6), bend=nn.ReLU(), second=L0Linear(6, 5, bias=False), last=nn.Linear(5, 2))
+    )
+    network.first.weight.requires_grad_(False)
+    network.last.bias.requires_grad_(False)
+    smaller, _ = prune(half_closed(network))
+    assert [name for name, _ in smaller.named_children()] == ["first", "bend", "second", "last"]
+    frozen = {name for name, p in smaller.named_parameters() if not p.requires_grad}
+    assert frozen == {"first.weight", "last.bias"}
+
+
+def test_trying_modules_leaves_the_generator_and_the_network() -> None:
+    network = nn.Sequential(L0Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), L0Linear(6, 2)).train()
+    before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
+    prune(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
