@@ -45,3 +45,13 @@ def test_make_targets_exist() -> None:
 def test_version_is_the_packages(file: str, pattern: str) -> None:
     stated = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert stated is not None and stated[1] == pyro_sparse.__version__
+
+
+def test_oldest_versions_are_the_lower_bounds() -> None:
+    bounds = re.findall(
+        r"^    (torch|pyro-ppl)>=(\S+)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    oldest = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in oldest if not line.startswith("#"))
+    assert [name for name, _ in bounds] == ["torch", "pyro-ppl"]
+    assert all(pinned[name] in (bound, f"{bound}.0") for name, bound in bounds)
