@@ -143,7 +143,8 @@ class SelfCritic(Baseline):
     The cost at the mode: one extra run in which every score-function site takes its most probable value, given the
     modes before it, and all other sites a new draw.
 
-    **Bias:** none. **Extra model evaluations:** 1, without gradients.
+    **Bias:** none. **Extra model evaluations:** 1, without gradients; running statistics of batch normalisation do not
+    move in it. **Needs from the guide:** distributions with a mode.
 
     Reference: S. Rennie et al., *Self-critical sequence training for image captioning*, CVPR 2017, Eq. 8.
     """

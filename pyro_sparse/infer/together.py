@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_sparse.infer.provenance import OWN, LabelDraws, Provenance
-from pyro_sparse.infer.undisturbed import random_state_of_python, undisturbed
+from pyro_sparse.infer.undisturbed import before_every_forward, random_state_of_python, undisturbed
 
 DRAWS = 3
 # Modules that mix rows, or draw, in training only: not what a program is asked for when its rows are compared.
@@ -101,15 +101,15 @@ def _evaluated() -> Iterator[None]:
     found: list[nn.Module] = []
 
     def before_forward(module: nn.Module, args: Any) -> None:
-        if isinstance(module, _TRAINING_ONLY) and module.training:
-            module.training = False
-            found.append(module)
+        for part in module.modules():
+            if isinstance(part, _TRAINING_ONLY) and part.training:
+                part.training = False
+                found.append(part)
 
-    hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
     try:
-        yield
+        with before_every_forward(before_forward):
+            yield
     finally:
-        hook.remove()
         for module in found:
             module.training = True
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -32,17 +34,35 @@ def buffers_as_they_were() -> Iterator[None]:
     kept: dict[nn.Module, dict[str, Any]] = {}
 
     def before_forward(module: nn.Module, args: Any) -> None:
-        if module._buffers and module not in kept:
-            kept[module] = dict(module._buffers)
-            module._buffers.update({name: x if x is None else x.clone() for name, x in module._buffers.items()})
+        if module in kept:
+            return
+        for part in module.modules():  # of a compiled module no part is seen to be called
+            if part not in kept:
+                kept[part] = dict(part._buffers)
+                part._buffers.update({name: x if x is None else x.clone() for name, x in kept[part].items()})
 
-    hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
     try:
-        yield
+        with before_every_forward(before_forward):
+            yield
     finally:
-        hook.remove()
         for module, buffers in kept.items():
             module._buffers.update(buffers)
+
+
+@contextmanager
+def before_every_forward(act: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Calls ``act`` before each call of a module."""
+    with ExitStack() as stack:
+        if "torch._dynamo.eval_frame" in sys.modules:  # a compiled module warns that it calls a hook twice
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings(
+                "ignore", r"Using `torch\.compile\(module\)` when there are global hooks", UserWarning
+            )
+        hook = nn.modules.module.register_module_forward_pre_hook(act)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextmanager

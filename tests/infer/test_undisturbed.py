@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_sparse.estimators import Exact, LeaveOneOut, MovingAverage, SampleBaseline, ScoreFunction, SelfCritic
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
 from pyro_sparse.infer.estimator_messenger import mode
-from pyro_sparse.infer.undisturbed import no_new_parameters
+from pyro_sparse.infer.undisturbed import buffers_as_they_were, no_new_parameters
 
 X = torch.tensor([[0.3, -1.0], [1.0, 0.2], [-0.4, 0.1]], dtype=torch.float64)
 
@@ -135,3 +135,22 @@ def test_the_mode_of_a_wrapped_distribution() -> None:
     poisson = dist.ExpandedDistribution(dist.Poisson(torch.tensor(2.5)), torch.Size([3]))
     assert mode(poisson, "z").tolist() == [2.0, 2.0, 2.0]
     assert mode(poisson.to_event(1), "z").tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_a_side_run_leaves_in_buffers(compiled: bool) -> None:
+    """Neither values nor versions, by which a graph from before knows what it saved."""
+    norm = nn.BatchNorm1d(2)
+    network: Any = torch.compile(norm, backend="eager") if compiled else norm
+    loss = network(X).square().sum()
+    before = {name: (buffer, buffer.clone(), buffer._version) for name, buffer in norm.named_buffers()}
+    with buffers_as_they_were():
+        network(X + 1)
+    for name, buffer in norm.named_buffers():
+        held, value, version = before[name]
+        assert buffer is held and torch.equal(buffer, value) and buffer._version == version
+    loss.backward()
+    with pytest.raises(ZeroDivisionError), buffers_as_they_were():
+        network(X)
+        raise ZeroDivisionError
+    assert norm.num_batches_tracked == 1
