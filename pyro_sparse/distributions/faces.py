@@ -107,6 +107,9 @@ class FaceDistribution(HalfPrecision, TorchDistribution):
 
     def tilted_square(self, log_x: Tensor, a: Tensor) -> Tensor:
         r""":math:`E (\sum_k a_k f_k)^2 \prod_k x_k^{f_k}`, ``(*batch, nodes)``, for a with shape ``(*batch, K)``."""
+        if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
+            with torch.inference_mode(False):
+                return self._remade(self.like.clone()).tilted_square(log_x.clone(), a.clone()).detach()
         with torch.enable_grad():
             a = a.unsqueeze(-2)
             ax = a * log_x.exp()
@@ -121,7 +124,7 @@ class FaceDistribution(HalfPrecision, TorchDistribution):
 
     def _differentiated(self, log_x: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """x - 1, :meth:`product_minus_one` of it, and its derivatives."""
-        if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
+        if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self._remade(self.like.clone())._differentiated(log_x.clone(), again)
         if is_transformed():

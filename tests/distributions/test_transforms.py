@@ -300,3 +300,27 @@ def test_logits(family: Any) -> None:
     torch.testing.assert_close(again.probs, d.probs)
     with pytest.raises(ValueError, match=r"logits: expected finite logits or -inf, got NaN or \+inf"):
         family(logits=torch.tensor([0.0, math.nan]))
+
+
+# Inference mode.
+
+
+@each_in_time
+def test_inference_mode(name: str) -> None:
+    """As under no_grad, of all that a family offers."""
+    parameters = FAMILIES[name][1]
+    for fact in facts(name).values():
+        with torch.no_grad():
+            expected = fact(*parameters)
+        with torch.inference_mode():
+            found = fact(*parameters)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_divergence_over_faces_in_inference_mode() -> None:
+    """It takes a derivative of a derivative."""
+    name = "MaxEntropyFaces, LogisticNormal"
+    parameters, divergence = FAMILIES[name][1], facts(name)["divergence"]
+    with torch.inference_mode():
+        found = divergence(*parameters)
+    torch.testing.assert_close(found, divergence(*parameters))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import entmax as peer
+import pyro
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ def test_derivatives(name: str) -> None:
         torch.testing.assert_close(hessian, torch.autograd.functional.jacobian(project, row))
 
 
+@pytest.mark.slow
 def test_derivative_in_alpha_and_in_the_target() -> None:
     x, alpha = scores(1.0, 4), torch.tensor([[1.3], [1.5], [2.0], [2.5]], requires_grad=True)
     q = scores(2.0, 4).softmax(-1).detach().requires_grad_()
@@ -192,3 +194,23 @@ def test_descent_brings_a_label_into_the_support(name: str) -> None:
 def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_as_a_factor_for_labels() -> None:
+    """Of labels outside the support at the start, whose log-probability is -inf: a finite loss, which trains."""
+    x, labels = 3 * torch.eye(4), torch.tensor([1, 2, 3, 0])
+    encoder = torch.nn.Linear(4, 4)
+    encoder.weight.data.copy_(torch.eye(4))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 4):
+            pyro.factor("y", -sparsemax_loss(encoder(x), labels))
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+
+    assert (sparsemax(encoder(x)).gather(-1, labels.unsqueeze(-1)) == 0).all()
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pyro.infer.Trace_ELBO())
+    losses = [svi.step(x) for _ in range(60)]
+    assert math.isfinite(losses[0]) and losses[-1] < 1e-6
+    assert (sparsemax(encoder(x)).argmax(-1) == labels).all()
