@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparse.estimators import Exact, LeaveOneOut, ScoreFunction
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO
@@ -65,6 +66,8 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_dependence_is_found(way: str) -> None:
+    if way == "cond" and not hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+        pytest.skip("this torch, as 2.7, runs torch.cond under no mode but its own, and says so")
     provenance = Provenance()
     with provenance.watching():
         z = torch.tensor(1.0).clone()
