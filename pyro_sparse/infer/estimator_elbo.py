@@ -58,6 +58,9 @@ class EstimatorELBO(ELBO, nn.Module):
     with the baseline that its name or ``"*"`` is given. Else it is a cost with a derivative of its own. A cost that
     depends on noise, such as a loss on augmented data, is to say ``has_rsample=True``.
 
+    Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Under Pyro's
+    validation the first run on several values at once is compared with runs on each.
+
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
     **Extra model evaluations:** those of the estimators. **Needs from the guide:** what the estimators need.

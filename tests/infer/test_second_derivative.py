@@ -166,7 +166,7 @@ def drawn(name: str) -> Callable[[Tensor], Tensor]:
 
         def model() -> None:
             z = pyro.sample("z", family(torch.tensor([0.1, 0.2, -0.4])))
-            z = z if z.dim() and z.shape[-1] == 3 else z[..., None]
+            z = z[..., None] if family is bit else z
             pyro.sample("x", dist.Normal((z * torch.tensor([0.1, 2.0, -1.0])[: z.shape[-1]]).sum(-1), 1.0), obs=DATUM)
 
         return EstimatorELBO(estimator, max_plate_nesting=0).differentiable_loss(model, guide)
