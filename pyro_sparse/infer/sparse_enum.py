@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
+from pyro_sparse.infer.factors import as_costs
 from pyro_sparse.infer.masked_rows import MaskedRowsMessenger, reaching_unmasked
 from pyro_sparse.infer.messenger import SparseEnumMessenger
 from pyro_sparse.infer.refusals import refuse_guide_messenger
@@ -100,6 +101,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         refuse_guide_messenger("SparseEnumELBO", guide)
         if self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
+        guide = as_costs(guide, args, kwargs)
         if self.vectorize_particles:
             guide, model = self._vectorized_num_particles(guide), self._vectorized_num_particles(model)
         layout = self._layout(model, guide, args, kwargs)

@@ -24,7 +24,7 @@ from pyro_sparse.estimators import (
     SampleBaseline,
     ScoreFunction,
 )
-from pyro_sparse.infer import BaselineELBO, EstimatorELBO
+from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
 from pyro_sparse.infer.exact import EnumeratedELBO, exact_gradient
 from pyro_sparse.infer.score_function import ScoreFunctionELBO
 from pyro_sparse.testing.outcomes import outcomes
@@ -69,11 +69,17 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     (got,) = exact_gradient(model, guide, parameters=[w])
     torch.testing.assert_close(got, expected)
     marked = pyro.infer.config_enumerate(guide)
+    sparse = SparseEnumELBO(max_plate_nesting=1, strict_enumeration_warning=False)
+    (got,) = torch.autograd.grad(sparse.differentiable_loss(model, marked), w)
+    torch.testing.assert_close(got, expected)
     (stock,) = torch.autograd.grad(TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, marked), w)
     assert (stock - expected).norm() > 0.3 * expected.norm()
 
 
-@pytest.mark.parametrize("elbo", [EnumeratedELBO(max_plate_nesting=0), ScoreFunctionELBO(2)])
+SPARSE = SparseEnumELBO(max_plate_nesting=0, strict_enumeration_warning=False)
+
+
+@pytest.mark.parametrize("elbo", [EnumeratedELBO(max_plate_nesting=0), SPARSE, ScoreFunctionELBO(2)])
 def test_without_any_draw_it_is_a_derivative(elbo: ELBO) -> None:
     def nothing() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.4))

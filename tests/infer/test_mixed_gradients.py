@@ -1,8 +1,8 @@
 r"""
 Gradients of programs with mixed latents against quadrature: exactly where one draw can be placed, else by z-tests.
 
-A z-test compares the mean of 5 * 10^4 draws and more with the exact gradient and asks for less than 4 standard errors in
-every parameter. The slow tests make 1,576 such comparisons: with everything right and seeds that are not fixed, one
+A z-test compares the mean of 5 * 10^4 draws and more with the exact gradient and asks for less than 4 standard errors
+in every parameter. The slow tests make 1,576 such comparisons: with everything right and seeds that are not fixed, one
 run in 10 would have a failure. Negative controls ask the naive estimates to fail by 20 standard errors.
 """
 
