@@ -2,8 +2,9 @@ r"""
 Gradients of programs with mixed latents on the simplex against quadrature over all seven faces of a triangle.
 
 A z-test compares the mean of 6 * 10^4 draws with the exact gradient, in each of six parameters: the scores of the face
-and the parameters of the point in it. The slow tests make about 200 such comparisons at 4 standard errors: with everything
-right and seeds that are not fixed, one run in 80 would have a failure. Negative controls ask for 20 standard errors.
+and the parameters of the point in it. The slow tests make about 200 such comparisons at 4 standard errors: with
+everything right and seeds that are not fixed, one run in 80 would have a failure. Negative controls ask for 20 standard
+errors.
 """
 
 from __future__ import annotations
