@@ -29,7 +29,7 @@ from pyro_sparse.infer.masked_rows import MaskedRowsMessenger, reaching_unmasked
 from pyro_sparse.infer.messenger import SparseEnumMessenger
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.undisturbed import rewind, undisturbed
 from pyro_sparse.infer.work import slot_ratios
 
 MODES = ("padded", "union", "auto")
@@ -148,6 +148,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
     ) -> Iterator[Any]:
         """The traces of one particle: one, or one for each outcome of the sites enumerated sequentially."""
         guide_enum, model_enum = self._messengers(layout)
+        again = rewind()
         pairs = self._traces(guide_enum, model_enum, model, guide, args, kwargs)
         first = next(pairs)
         if guide_enum.narrowed:  # what the terms depend on is known once they are there
@@ -155,6 +156,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
             seen = set().union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
             if seen:
                 self._whole |= seen
+                again()  # what was drawn is drawn once
                 yield from self._enumerate(layout, record, model, guide, args, kwargs)
                 return
             pairs, first = iter(traces[1:]), traces[0]

@@ -79,6 +79,18 @@ def no_new_parameters() -> Iterator[None]:
         store._params, store._param_to_name, store._constraints = before
 
 
+def rewind() -> Callable[[], None]:
+    """Takes the state of the generators of torch (CPU and GPUs), Python and numpy; the result puts it back."""
+    state = pyro.util.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put_back() -> None:
+        pyro.util.set_rng_state(state)
+        torch.cuda.set_rng_state_all(cuda)  # nothing, where there is none
+
+    return put_back
+
+
 def random_state() -> tuple[Any, ...]:
     """The state of every generator that a program may draw from, to compare."""
     state = pyro.util.get_rng_state()
