@@ -165,8 +165,8 @@ def guide_with_a_sampler() -> None:
     [
         ScoreFunction(),
         ScoreFunction(MovingAverage()),
-        ScoreFunction(SampleBaseline()),
-        {"q_z": MovingAverage()},
+        pytest.param(ScoreFunction(SampleBaseline()), marks=pytest.mark.slow),
+        pytest.param({"q_z": MovingAverage()}, marks=pytest.mark.slow),
         LeaveOneOut(2),
         pytest.param(LeaveOneOut(2, vectorized=False), marks=pytest.mark.slow),
         Exact(),

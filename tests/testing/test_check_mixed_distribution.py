@@ -60,10 +60,22 @@ MORE: dict[str, Any] = {
     "a uniform slab": lambda: ZeroOneInflated(dist.Uniform(torch.zeros(()), 1.0), real(2, 3)),
     "a Cauchy slab": lambda: SpikeAndSlab(dist.Cauchy(real(2), positive(2)), logits=real(2)),
 }
+FAST = ("HardConcrete", "SpikeAndSlab", "SpikeAndExponential")
 
 
-@pytest.mark.parametrize("make", RIGHT.values(), ids=RIGHT)
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(
+            make,
+            dtype,
+            id=f"{name}, {dtype}",
+            marks=[] if name in FAST and dtype is torch.float64 else pytest.mark.slow,
+        )
+        for name, make in RIGHT.items()
+        for dtype in (torch.float64, torch.float32)
+    ],
+)
 def test_right_ones_pass(make: Any, dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
     check_distribution(make())
