@@ -62,6 +62,8 @@ class Site:
         args, kwargs: the arguments of model and guide.
         log_prob: :math:`\log q(z)` at the values that were drawn, attached to the guide's parameters, with the shape of
             the cost, and without a mask. Zero while values are being drawn.
+        mask: where the site counts, as ``poutine.mask`` and ``.mask()`` say, broadcastable to the cost; None:
+            everywhere. Elsewhere there is nothing to learn from the cost.
         value: what was drawn, ``(*batch_shape, *event_shape)``, or all slots.
         slots: what :meth:`Estimator.draw` returned; here too the slot dim is in front of all others.
         options: the site's ``infer["baseline"]``, for Pyro's own baselines.
@@ -78,6 +80,7 @@ class Site:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     log_prob: Tensor = field(default_factory=lambda: torch.zeros(()))
+    mask: Tensor | None = None
     value: Tensor | None = None
     slots: Slots | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

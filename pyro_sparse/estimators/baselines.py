@@ -92,7 +92,7 @@ class TrainableConstant(Baseline):
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         value = self.constant.to(cost)
-        return value, (cost - value).square().mean()
+        return value, mean_square(cost - value, site)
 
 
 class NeuralBaseline(Baseline):
@@ -124,7 +124,7 @@ class NeuralBaseline(Baseline):
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         value = self._shaped(self.net(network_input("NeuralBaseline", site, self.inputs)), site)
         require_own_graph(f"NeuralBaseline, site '{site.name}'", value, self)
-        return value, (cost - value).square().mean()
+        return value, mean_square(cost - value, site)
 
     def _shaped(self, value: Tensor, site: Site) -> Tensor:
         shape = site.batch_shape
@@ -249,6 +249,14 @@ class Sum(Baseline):
 def mean_of_finite(cost: Tensor, dim: int | None = None) -> Tensor:
     """The mean over what is finite; NaN where nothing is."""
     return cost.masked_fill(cost.isfinite().logical_not(), math.nan).nanmean(dim)
+
+
+def mean_square(error: Tensor, site: Site) -> Tensor:
+    """Over the elements that count; zero without any."""
+    if site.mask is None:
+        return error.square().mean()
+    counts = site.mask.expand_as(error)
+    return torch.where(counts, error, 0.0).square().sum() / counts.sum().clamp(min=1)
 
 
 def network_input(owner: str, site: Site, inputs: Callable[..., Any] | None) -> Any:

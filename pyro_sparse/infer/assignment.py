@@ -253,6 +253,10 @@ class Assignment(nn.Module):
         return self.__dict__
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        waiting = f"{prefix}sites.{_key('*')}."
+        if "*" in self.entries and (first := self._sharing(self.entries["*"])) is not None:  # it serves a site by now
+            for key in [key for key in state_dict if key.startswith(waiting)]:
+                state_dict[f"{prefix}sites.{_key(first)}.{key[len(waiting) :]}"] = state_dict.pop(key)
         keys = [k[len(prefix + "sites.") :].split(".")[0] for k in state_dict if k.startswith(prefix + "sites.")]
         for name in dict.fromkeys(_name(key) for key in keys if key != _key("*")):
             source = self._source(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -393,4 +394,5 @@ class EstimatorELBO(ELBO, nn.Module):
             )
         value = value if weight is None else weight * value
         term = value.sum()
-        return term if score.scale == 1.0 else term * score.scale, loss, lambda: estimator.update(cost, site)
+        seen = cost if site.mask is None else torch.where(site.mask, cost, math.nan)  # nothing to learn elsewhere
+        return term if score.scale == 1.0 else term * score.scale, loss, lambda: estimator.update(seen, site)

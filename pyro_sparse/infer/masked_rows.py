@@ -85,6 +85,12 @@ def mask_of(node: Any) -> Tensor | None:
     return result
 
 
+def mask_within(node: Any, shape: torch.Size) -> Tensor | None:
+    """The mask, where it is of the elements of this shape and not of more."""
+    mask = mask_of(node)
+    return None if mask is None or _shape(mask, shape) != shape else mask
+
+
 def _masks(node: Any) -> Iterator[Any]:
     yield node["mask"]
     fn, rightmost = node["fn"], 0  # how many dims of the mask are summed over

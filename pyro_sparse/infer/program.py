@@ -26,6 +26,7 @@ from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, PlatesUnkn
 from pyro_sparse.infer.explanations import Alone, explained
 from pyro_sparse.infer.factors import sites_of_own_draws
 from pyro_sparse.infer.law import law
+from pyro_sparse.infer.masked_rows import mask_within
 from pyro_sparse.infer.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, smooth_sites
 from pyro_sparse.infer.terms import (
@@ -299,6 +300,7 @@ class Program:
             fn = messenger.laws.get(name, law(node["fn"]))
             site = Site(name, fn, data_plates(frames, subsamples, fn.batch_shape), self.args, self.kwargs, log_prob)
             site.value, site.slots = node["value"], messenger.slots.get(name)
+            site.mask = mask_within(node, log_prob.shape)
             site.options = node["infer"].get("baseline", {})
             dims = frozenset() if dim is None else frozenset([dim])
             scores.append(ScoreSite(site, estimator, frames, dims, dim, subsampling_scale(frames), name in own_draws))

@@ -45,7 +45,8 @@ class PyroBaseline(Baseline):
                 f"{tuple(learned.shape)}. Squeeze the network's output."
             )
         value = value + learned
-        return value, (cost - value).square().sum()
+        error = cost - value
+        return value, (error if site.mask is None else torch.where(site.mask, error, 0.0)).square().sum()
 
     def update(self, cost: Tensor, site: Site) -> None:
         if self.average is not None:

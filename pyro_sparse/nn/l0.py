@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyro_sparse.nn.gates import Gate, HardConcreteGate
 
@@ -55,6 +56,11 @@ class L0Linear(nn.Linear):
     @classmethod
     def from_linear(cls, layer: nn.Linear, **gate_options: Any) -> L0Linear:
         """A layer with the weights of another one, such as a trained one, as a copy; ``gate`` is an option, too."""
+        if not isinstance(layer, nn.Linear) or isinstance(layer, L0Linear) or is_lazy(layer.weight):
+            raise TypeError(
+                f"{cls.__name__}.from_linear: expected an nn.Linear without gates and with its weights, got {layer}. "
+                "For a convolution there is from_conv; a lazy layer is complete after its first call."
+            )
         like = layer.weight
         sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
         new = cls(*sizes, bias, like.device, like.dtype, **gate_options)
@@ -96,6 +102,8 @@ def smaller_linear(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.
 def given_gate(owner: str, gate: Any, shape: tuple[int, ...], device: Any, dtype: Any, options: dict[str, Any]) -> Gate:
     """The gate of a layer: new, or shared."""
     if not isinstance(gate, Gate):
+        if not (isinstance(gate, type) and issubclass(gate, Gate)):
+            raise TypeError(f"{owner}.gate: expected a class of gates, or a gate, got {gate!r}. Pass HardConcreteGate.")
         new: Gate = gate(shape, device=device, dtype=dtype, **options)
         return new
     if options:

@@ -35,8 +35,9 @@ def sparsemax_loss(scores: Tensor, target: Tensor, dim: int = -1) -> Tensor:
 
     .. math:: L(x, q) = \tfrac12 \lVert q - x \rVert^2 - \tfrac12 \lVert p - x \rVert^2, \qquad \nabla_x L = p - q
 
-    It is zero where the label's score leads all others by 1. In a Pyro model or guide it is a factor in place of
-    the likelihood of a label: ``pyro.factor("y", -sparsemax_loss(scores, y))``.
+    It is zero where the label's score leads all others by 1. In a Pyro model it is a factor in place of the likelihood
+    of a label, ``pyro.factor("y", -sparsemax_loss(scores, y))``. In a guide, whose terms count as log q, the sign is
+    the other one: ``pyro.factor("y", sparsemax_loss(scores, y), has_rsample=True)``.
 
     Args:
         scores: Real scores :math:`x`, any shape, any floating dtype; ``-inf`` rules an outcome out.

@@ -220,3 +220,22 @@ def test_a_state_from_before_a_site_came_puts_it_back_to_its_beginning() -> None
     svi.step(True)
     with pytest.raises(RuntimeError, match="Missing key"):  # of a site that is named here it would be a mistake
         BaselineELBO({"z": MovingAverage()}).load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: NeuralBaseline(network()), MovingAverage, lambda: Sum(MovingAverage(), TrainableConstant())]
+)
+def test_the_state_of_before_the_first_run(make: Any) -> None:
+    """As learning rate finders do: trained for a while, and put back."""
+    loss = BaselineELBO(make())(Model(), Guide())
+    before = copy.deepcopy(loss.state_dict())
+    loss(X).backward()
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.add_(1.0)
+    loss(X).backward()
+    loss.load_state_dict(before)
+    found = loss.state_dict()
+    for name, value in before.items():
+        for site in ("z", "y"):
+            torch.testing.assert_close(found[name.replace("$*", f"${site}")], value)

@@ -152,3 +152,11 @@ def test_in_a_pyro_model() -> None:
         svi.step(x, y)
     smaller, kept = layer.prune()
     assert kept.tolist() == [0] and abs(float(smaller.weight.detach()) - 3) < 0.2
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 3, 3), nn.LazyLinear(3), L0Linear(3, 2)], ids=lambda x: type(x).__name__
+)
+def test_from_linear_takes_ordinary_layers(layer: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"L0Linear.from_linear: expected an nn.Linear without gates"):
+        L0Linear.from_linear(layer)  # type: ignore[arg-type]
