@@ -84,6 +84,8 @@ def collapsed_terms(model_trace: Any, guide_trace: Any) -> tuple[list[Term], fro
         factors.setdefault(frozenset(own), []).append(factor)
         scales.append(node["scale"])
         gone.add(name)
+    if not scales:  # each has a single outcome
+        return [], frozenset()
     scale = _get_common_scale(scales)
     dims = {**guide_trace.symbol_to_dim, **{symbol: frame.dim for symbol, frame in frames.items()}}
     terms = []

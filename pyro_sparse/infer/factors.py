@@ -75,9 +75,14 @@ class _Costs(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["fn"].has_rsample:
-            view = copy.copy(msg["fn"])
-            view.__dict__["score_parts"] = functools.partial(self._score_parts, msg["name"], msg["fn"])
-            msg["fn"] = view
+            msg["fn"] = self._as_cost(msg["name"], msg["fn"])
+
+    def _as_cost(self, name: str, fn: Any) -> Any:
+        view = copy.copy(fn)
+        view.__dict__["score_parts"] = functools.partial(self._score_parts, name, fn)
+        # A plate of particles lies around all others and this.
+        view.__dict__["expand"] = lambda *args, **kwargs: self._as_cost(name, fn.expand(*args, **kwargs))
+        return view
 
     def _score_parts(self, name: str, fn: Any, value: Tensor) -> ScoreParts:
         if name in self._own():

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
@@ -40,6 +41,7 @@ class MaskedRowsMessenger(SparseEnumMessenger):
     def _narrow(self, msg: Any) -> None:
         fn: SparseDistribution = msg["fn"]
         mask = mask_of(msg)
+        mask = None if mask is None else mask.to(fn.support_size.device)
         if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape or bool(mask.all()):
             return
         msg["fn"] = fn.narrowed(mask)
@@ -57,16 +59,37 @@ class MaskedRowsMessenger(SparseEnumMessenger):
 
 
 def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_trace: Any) -> set[str]:
-    """Those of the sites whose masked rows are seen by a term that is not masked there."""
-    dims = {name: guide_trace.nodes[name]["infer"]["_enumerate_dim"] for name in narrowed}
-    return {
-        name
-        for trace in (guide_trace, model_trace)
-        for node in trace.nodes.values()
-        if node["type"] == "sample"
-        for name, mask in narrowed.items()
-        if node["log_prob"].dim() >= -dims[name] and node["log_prob"].shape[dims[name]] > 1 and _sees(node, mask)
-    }
+    """
+    Those of the sites whose masked rows are seen by a term that is not masked there: by itself, or through other latent
+    sites, whose probabilities depend on what is drawn there though they are masked, too.
+    """
+    pairs = [(name, node) for trace in (guide_trace, model_trace) for name, node in trace.nodes.items()]
+    nodes = [(name, node) for name, node in pairs if node["type"] == "sample" and not site_is_subsample(node)]
+    own: dict[str, int] = {}  # the guide's, where both have one
+    for name, node in nodes:
+        if (dim := node["infer"].get("_enumerate_dim")) is not None:
+            own.setdefault(name, dim)
+    return {name for name, mask in narrowed.items() if _is_seen(name, mask, nodes, own)}
+
+
+def _is_seen(site: str, mask: Tensor, nodes: list[tuple[str, Any]], own: Mapping[str, int]) -> bool:
+    dims = {own[site]}
+    while True:
+        reached = [(name, node) for name, node in nodes if _varies(node["log_prob"], dims)]
+        if any(_sees(node, mask) for _, node in reached):
+            return True
+        given = [(name, node) for name, node in reached if name != site and not node["is_observed"]]
+        # Those without a dim of their own show whether they were drawn once for each outcome.
+        if any(name not in own and not _varies(node["value"], dims, node["fn"].event_dim) for name, node in given):
+            return True
+        further = {own[name] for name, _ in given if name in own} - dims
+        if not further:
+            return False
+        dims |= further
+
+
+def _varies(value: Tensor, dims: set[int], event_dim: int = 0) -> bool:
+    return any(value.dim() - event_dim >= -dim and value.shape[dim - event_dim] > 1 for dim in dims)
 
 
 def _sees(node: Any, mask: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import math
 import queue
@@ -235,6 +236,9 @@ class SparseEnumELBO(TraceEnum_ELBO):
                     last.backward(retain_graph=True)  # what was computed outside may be shared with what follows
                 total += torch_item(elbo) / self.num_particles
                 last = -elbo / self.num_particles if trainable and elbo.requires_grad else None
+                if several and last is not None:  # the next particle may write to what this one needs
+                    last.backward(retain_graph=True)
+                    last = None
         if last is not None:
             last.backward(retain_graph=self.retain_graph)
         warn_if_nan(-total, "loss")  # type: ignore[call-overload]
@@ -264,7 +268,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
 
 def _buffers_kept() -> AbstractContextManager[None]:
     """Networks compiled meanwhile can be differentiated more than once; of older versions of torch all can."""
-    config: Any = torch._functorch.config
+    config: Any = importlib.import_module("torch._functorch.config")  # which torch imports when it first compiles
     return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
 
 

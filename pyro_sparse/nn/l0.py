@@ -104,7 +104,8 @@ def given_gate(owner: str, gate: Any, shape: tuple[int, ...], device: Any, dtype
     if not isinstance(gate, Gate):
         if not (isinstance(gate, type) and issubclass(gate, Gate)):
             raise TypeError(f"{owner}.gate: expected a class of gates, or a gate, got {gate!r}. Pass HardConcreteGate.")
-        new: Gate = gate(shape, device=device, dtype=dtype, **options)
+        make: Any = gate
+        new: Gate = make(shape, device=device, dtype=dtype, **options)
         return new
     if options:
         raise ValueError(f"{owner}: expected no options with a given gate, got {sorted(options)}. Leave them out.")

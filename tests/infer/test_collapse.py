@@ -273,3 +273,19 @@ def test_several_scales_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"share a common poutine\.scale"):
         steps(EstimatorELBO(ScoreFunction()), model, local_guide)
+
+
+@pytest.mark.parametrize(
+    "fn", [dist.Categorical(torch.ones(1)), sdist.SparseCategorical(torch.tensor([5.0, 0.0, 0.0]))]
+)
+def test_a_single_outcome(fn: Any) -> None:
+    def model() -> None:
+        u = pyro.sample("u", fn, infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z + u, 1.0), obs=torch.tensor(0.7))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))), infer={"enumerate": "parallel"})
+
+    expected = TraceEnum_ELBO(max_plate_nesting=0).loss(model, guide)
+    assert EstimatorELBO(Exact(), max_plate_nesting=0).loss(model, guide) == pytest.approx(expected)

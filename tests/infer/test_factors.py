@@ -69,9 +69,10 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     (got,) = exact_gradient(model, guide, parameters=[w])
     torch.testing.assert_close(got, expected)
     marked = pyro.infer.config_enumerate(guide)
-    sparse = SparseEnumELBO(max_plate_nesting=1, strict_enumeration_warning=False)
-    (got,) = torch.autograd.grad(sparse.differentiable_loss(model, marked), w)
-    torch.testing.assert_close(got, expected)
+    for options in ({}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles": True}):
+        sparse = SparseEnumELBO(max_plate_nesting=1, strict_enumeration_warning=False, **options)
+        (got,) = torch.autograd.grad(sparse.differentiable_loss(model, marked), w)
+        torch.testing.assert_close(got, expected)
     (stock,) = torch.autograd.grad(TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, marked), w)
     assert (stock - expected).norm() > 0.3 * expected.norm()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -440,3 +442,38 @@ def test_trains_as_a_torch_module() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 5
+
+
+def test_particles_one_by_one_may_write_to_what_they_read() -> None:
+    """A codebook that follows a moving average, say."""
+    codes = torch.tensor([1.0, 2.0, 0.5])
+
+    def model() -> None:
+        with torch.no_grad():
+            codes.mul_(0.9)
+        z = pyro.sample("z", sdist.SparseCategorical(torch.zeros(3)))
+        pyro.sample("x", dist.Normal((pyro.param("w", torch.tensor(0.7)) * codes)[z], 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("z", sdist.SparseCategorical(torch.tensor([0.5, 0.3, -1.0])))
+
+    def gradients(elbo: Any) -> tuple[Tensor, Tensor]:
+        codes.copy_(torch.tensor([1.0, 2.0, 0.5]))
+        pyro.clear_param_store()
+        loss = elbo.loss_and_grads(model, config_enumerate(guide))
+        return torch.tensor(loss), pyro.param("w").grad  # type: ignore[return-value]
+
+    options = {"max_plate_nesting": 0, "num_particles": 2}
+    torch.testing.assert_close(gradients(SparseEnumELBO(**options)), gradients(TraceEnum_ELBO(**options)))
+
+
+@pytest.mark.slow
+def test_particles_one_by_one_in_a_new_process() -> None:
+    """torch imports what compiled networks need when it first compiles."""
+    program = """
+import pyro, torch, pyro_sparse.distributions as sdist
+from pyro_sparse.infer import SparseEnumELBO
+site = lambda: pyro.sample("z", sdist.SparseCategorical(pyro.param("w", torch.zeros(3))))
+SparseEnumELBO(max_plate_nesting=0, num_particles=2).loss_and_grads(site, site)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -154,6 +154,11 @@ def test_in_a_pyro_model() -> None:
     assert kept.tolist() == [0] and abs(float(smaller.weight.detach()) - 3) < 0.2
 
 
+def test_a_gate_by_name_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"L0Linear.gate: expected a class of gates, or a gate, got 'HardConcrete'"):
+        L0Linear(3, 2, gate="HardConcrete")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(3, 3, 3), nn.LazyLinear(3), L0Linear(3, 2)], ids=lambda x: type(x).__name__
 )
