@@ -332,6 +332,7 @@ class TestTransforms:
     @pytest.mark.parametrize("name", ["sparsemax", "entmax15", "entmax1.7", "topk"])
     @pytest.mark.slow
     @torch_warns
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by inductor's own use of it
     @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
     def test_compile_to_machine_code(self, name: str) -> None:
         check_compiled(FAMILY[name], "inductor")
