@@ -291,7 +291,6 @@ class Untouched:
 
     def __init__(self) -> None:
         self._tensors: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-        self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def __enter__(self) -> Untouched:
         store = pyro.get_param_store()
@@ -309,8 +308,6 @@ class Untouched:
         self._exit.__exit__(*error)
 
     def _put_back(self) -> None:
-        for module, buffers in self._buffers.items():
-            module._buffers.update(buffers)
         with torch.no_grad():
             for tensor, value, grad in self._tensors.values():
                 if tensor.is_leaf:
@@ -324,7 +321,4 @@ class Untouched:
                 self._tensors[id(x)] = (x, x.detach().clone(), x.grad if x.is_leaf else None)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if module not in self._buffers:
-            self._buffers[module] = dict(module._buffers)
-            self.keep([x for x in module._buffers.values() if x is not None])
-            self.keep(module.parameters(recurse=False))
+        self.keep(module.parameters(recurse=False))  # its buffers are those that undisturbed() lends it

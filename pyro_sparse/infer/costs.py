@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_sparse.infer.dependencies import with_ancestors
+
 Frame = Any  # pyro.poutine.indep_messenger.CondIndepStackFrame
 
 
@@ -93,12 +95,7 @@ class Costs:
 
     def with_ancestors(self, dims: Collection[int]) -> frozenset[int]:
         """With those of all sites on which the weights of these dims depend, and so on."""
-        found, todo = set(dims), list(dims)
-        while todo:
-            new = self.slot_dims(self.slots[todo.pop()].weights) - found
-            found |= new
-            todo += new
-        return frozenset(found)
+        return with_ancestors(dims, {dim: self.slot_dims(slot.weights) for dim, slot in self.slots.items()})
 
     def average(self, value: Tensor, keep: Collection[int] = ()) -> Tensor:
         """The weighted mean of a masked tensor over all slot dims but those to keep, last site first."""

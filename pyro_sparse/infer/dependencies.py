@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 from pyro import poutine
@@ -15,13 +15,14 @@ from pyro_sparse.infer.provenance import LabelDraws, Labels, Provenance
 from pyro_sparse.infer.undisturbed import undisturbed
 
 Subsamples = Mapping[str, Tensor]
+_L = TypeVar("_L")
 
 
-def with_ancestors(labels: Labels, parents: Mapping[str, Labels]) -> Labels:
-    """A term's sites, with those that they depend on themselves."""
+def with_ancestors(labels: Collection[_L], parents: Mapping[_L, Collection[_L]]) -> frozenset[_L]:
+    """These, such as a term's sites, with those that they depend on themselves, and so on."""
     found, todo = set(labels), list(labels)
     while todo:
-        new = parents.get(todo.pop(), frozenset()) - found
+        new = set(parents.get(todo.pop(), ())) - found
         found |= new
         todo += new
     return frozenset(found)

@@ -7,7 +7,7 @@ is enumerated in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.infer.dependencies import with_ancestors
 from pyro_sparse.infer.messenger import SparseEnumMessenger
 
 
@@ -73,22 +74,21 @@ def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_tr
 
 
 def _is_seen(site: str, mask: Tensor, nodes: list[tuple[str, Any]], own: Mapping[str, int]) -> bool:
-    dims = {own[site]}
-    while True:
-        reached = [(name, node) for name, node in nodes if _varies(node["log_prob"], dims)]
-        if any(_sees(node, mask) for _, node in reached):
-            return True
-        given = [(name, node) for name, node in reached if name != site and not node["is_observed"]]
+    latent = [(name, node) for name, node in nodes if not node["is_observed"]]
+    children = {
+        dim: frozenset(own[name] for name, node in latent if name in own and _varies(node["log_prob"], {dim}))
+        for dim in own.values()
+    }
+    dims = with_ancestors({own[site]}, children)
+    return any(_varies(node["log_prob"], dims) and _sees(node, mask) for _, node in nodes) or any(
         # Those without a dim of their own show whether they were drawn once for each outcome.
-        if any(name not in own and not _varies(node["value"], dims, node["fn"].event_dim) for name, node in given):
-            return True
-        further = {own[name] for name, _ in given if name in own} - dims
-        if not further:
-            return False
-        dims |= further
+        _varies(node["log_prob"], dims) and not _varies(node["value"], dims, node["fn"].event_dim)
+        for name, node in latent
+        if name not in own
+    )
 
 
-def _varies(value: Tensor, dims: set[int], event_dim: int = 0) -> bool:
+def _varies(value: Tensor, dims: Collection[int], event_dim: int = 0) -> bool:
     return any(value.dim() - event_dim >= -dim and value.shape[dim - event_dim] > 1 for dim in dims)
 
 
