@@ -1,9 +1,9 @@
 r"""
 Gradients of programs with mixed latents against quadrature: exactly where one draw can be placed, else by z-tests.
 
-A z-test compares the mean of 5 * 10^4 draws and more with the exact gradient and asks for less than 4 standard errors
+A z-test compares the mean of 2 * 10^4 draws and more with the exact gradient and asks for less than 4 standard errors
 in every parameter. The slow tests make 1,576 such comparisons: with everything right and seeds that are not fixed, one
-run in 10 would have a failure. Negative controls ask the naive estimates to fail by 20 standard errors.
+run in 10 would have a failure. Negative controls ask the naive estimates, with as many draws, to fail by 8.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ from torch import Tensor
 from pyro_sparse.distributions import SparseCategorical
 from pyro_sparse.infer import SparseEnumELBO
 
-DRAWS = 50_000
-OF_A_CONTROL = 100_000
+DRAWS = 20_000
 CHUNK = 10_000  # of draws at a time: faster than all at once
 UNTRACKED = ("ZeroOneInflated, Beta", "TraceGraph_ELBO")  # torch's Beta has no gradient there, given another draw
 GRID = [(f, r) for f, r in itertools.product(FAMILIES, ROUTES) if ROUTES[r].serves(FAMILIES[f])]
@@ -114,8 +113,8 @@ def drawn(route: Route, program: Callable[[int], Program], draws: int = DRAWS) -
     """Estimates from so many draws, after a step that teaches the ELBO what it keeps, such as a running mean."""
     elbo = route.elbo()
     estimates(elbo, program(64))
-    chunks = -(-draws // CHUNK)
-    return torch.cat([estimates(elbo, program(CHUNK // route.particles)) for _ in range(chunks)])
+    chunk = min(draws, CHUNK)
+    return torch.cat([estimates(elbo, program(chunk // route.particles)) for _ in range(draws // chunk)])
 
 
 @pytest.mark.slow
@@ -144,7 +143,7 @@ def test_subsampled_plate(family: str, route: str) -> None:
     """Each pair of the four data is the subsample once; the mean over them is the gradient on all data."""
     f, r = FAMILIES[family], ROUTES[route]
     pairs = [torch.tensor(pair) for pair in itertools.combinations(range(len(DATA)), 2)]
-    rows = [drawn(r, lambda n, pair=pair: subsampled(f, n, sampler(r.pathwise), pair), CHUNK) for pair in pairs]
+    rows = [drawn(r, lambda n, pair=pair: subsampled(f, n, sampler(r.pathwise), pair), DRAWS // 4) for pair in pairs]
     errors = torch.stack(rows).mean(0) - exact_gradient(lambda t: subsampled_elbo(f, t), f.both())
     assert_unbiased(errors)
 
@@ -155,18 +154,18 @@ def test_subsampled_plate(family: str, route: str) -> None:
 @pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if f.pathwise])
 def test_naive_pathwise_entropy_is_biased(family: str) -> None:
     f = FAMILIES[family]
-    t = f.q().expand(OF_A_CONTROL, -1).clone().requires_grad_()
+    t = f.q().expand(DRAWS, -1).clone().requires_grad_()
     d = f.make(t)
     rows = torch.autograd.grad(-d.log_prob(d.rsample()).sum(), t)[0]
     exact = exact_gradient(lambda t: f.make(t).entropy(), f.q())
-    assert standard_errors(rows - exact).max() > 20
+    assert standard_errors(rows - exact).max() > 8
 
 
 @pytest.mark.slow
 def test_pathwise_draws_with_a_drawn_kl_are_biased() -> None:
     f = FAMILIES["HardConcrete"]
-    rows = drawn(Route(Trace_ELBO), lambda n: one_site(f, n, sampler(True)), OF_A_CONTROL)
-    assert standard_errors(rows - exact_gradient(lambda t: one_site_elbo(f, t), f.q())).max() > 20
+    rows = drawn(Route(Trace_ELBO), lambda n: one_site(f, n, sampler(True)))
+    assert standard_errors(rows - exact_gradient(lambda t: one_site_elbo(f, t), f.q())).max() > 8
 
 
 # Wrappers, in a plate, two independent latents each.
@@ -282,8 +281,8 @@ def test_a_stock_mask_is_biased() -> None:
 
     f = FAMILIES["HardConcrete"]
     stock = Wrapping(lambda d, n: Stock(d, torch.ones(n, 2, dtype=torch.bool)))
-    rows = drawn(ROUTES["Trace_ELBO"], lambda n: wrapped_sites(f, n, stock, (None, None)), OF_A_CONTROL)
-    assert standard_errors(rows - exact_pair(f, stock.mask(len(rows)))).max() > 20
+    rows = drawn(ROUTES["Trace_ELBO"], lambda n: wrapped_sites(f, n, stock, (None, None)))
+    assert standard_errors(rows - exact_pair(f, stock.mask(len(rows)))).max() > 8
 
 
 # Handlers.
