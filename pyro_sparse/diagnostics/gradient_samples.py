@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_sparse._autograd import graph_leaves
 from pyro_sparse.diagnostics.gradient_moments import Moments
-from pyro_sparse.distributions.straight_through import is_straight_through
+from pyro_sparse.distributions.discrete.straight_through import is_straight_through
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import PARAM_PREFIX
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO

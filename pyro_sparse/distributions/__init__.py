@@ -1,33 +1,33 @@
-"""Pyro distributions with exact zeros, one family per file; and straight-through ones."""
+"""Pyro distributions with exact zeros, and straight-through ones: a family per file, in rooms by where values live."""
 
 from __future__ import annotations
 
-import pyro_sparse.distributions.kl
-import pyro_sparse.distributions.kl_faces
-import pyro_sparse.distributions.kl_mixed
-import pyro_sparse.distributions.kl_on_faces
-import pyro_sparse.distributions.stock_wrappers  # noqa: F401  (these register KL divergences, and forms of ours)
+import pyro_sparse.distributions.discrete.kl
+import pyro_sparse.distributions.mixed.kl
+import pyro_sparse.distributions.simplex.kl
+import pyro_sparse.distributions.stock_wrappers
+import pyro_sparse.distributions.univariate.kl  # noqa: F401  (these register KL divergences, and forms of ours)
 from pyro_sparse.distributions.constraints import mixed_simplex, mixed_unit_interval
-from pyro_sparse.distributions.face_dirichlet import FaceDirichlet
-from pyro_sparse.distributions.face_logistic_normal import FaceLogisticNormal
-from pyro_sparse.distributions.faces import FaceDistribution
-from pyro_sparse.distributions.gaussian_sparsemax import GaussianSparsemax
-from pyro_sparse.distributions.gibbs_faces import GibbsFaces
-from pyro_sparse.distributions.hard_concrete import HardConcrete
-from pyro_sparse.distributions.hard_concrete_simplex import HardConcreteSimplex
-from pyro_sparse.distributions.hard_kumaraswamy import HardKumaraswamy
-from pyro_sparse.distributions.max_entropy_faces import MaxEntropyFaces
-from pyro_sparse.distributions.mixed import MixedDistribution
-from pyro_sparse.distributions.mixed_simplex import MixedDirichlet, MixedLogisticNormal, MixedSimplex
-from pyro_sparse.distributions.one_hot import SparseOneHotCategorical
-from pyro_sparse.distributions.rectified_normal import RectifiedNormal
-from pyro_sparse.distributions.sparse_categorical import SparseCategorical
-from pyro_sparse.distributions.sparse_support import MaskedSparseDistribution, SparseDistribution
-from pyro_sparse.distributions.spike_and_exponential import SpikeAndExponential
-from pyro_sparse.distributions.spike_and_slab import SpikeAndSlab
-from pyro_sparse.distributions.straight_through import BernoulliST, GumbelSoftmaxST, OneHotCategoricalST
-from pyro_sparse.distributions.stretched_rectified import Rectified, StretchedRectified
-from pyro_sparse.distributions.zero_one_inflated import ZeroOneInflated
+from pyro_sparse.distributions.discrete.sparse_categorical import SparseCategorical
+from pyro_sparse.distributions.discrete.sparse_one_hot import SparseOneHotCategorical
+from pyro_sparse.distributions.discrete.sparse_support import MaskedSparseDistribution, SparseDistribution
+from pyro_sparse.distributions.discrete.straight_through import BernoulliST, GumbelSoftmaxST, OneHotCategoricalST
+from pyro_sparse.distributions.simplex.face_dirichlet import FaceDirichlet
+from pyro_sparse.distributions.simplex.face_logistic_normal import FaceLogisticNormal
+from pyro_sparse.distributions.simplex.faces import FaceDistribution
+from pyro_sparse.distributions.simplex.gaussian_sparsemax import GaussianSparsemax
+from pyro_sparse.distributions.simplex.gibbs_faces import GibbsFaces
+from pyro_sparse.distributions.simplex.hard_concrete_simplex import HardConcreteSimplex
+from pyro_sparse.distributions.simplex.max_entropy_faces import MaxEntropyFaces
+from pyro_sparse.distributions.simplex.mixed_simplex import MixedDirichlet, MixedLogisticNormal, MixedSimplex
+from pyro_sparse.distributions.univariate.hard_concrete import HardConcrete
+from pyro_sparse.distributions.univariate.hard_kumaraswamy import HardKumaraswamy
+from pyro_sparse.distributions.univariate.mixed import MixedDistribution
+from pyro_sparse.distributions.univariate.rectified_normal import RectifiedNormal
+from pyro_sparse.distributions.univariate.spike_and_exponential import SpikeAndExponential
+from pyro_sparse.distributions.univariate.spike_and_slab import SpikeAndSlab
+from pyro_sparse.distributions.univariate.stretched_rectified import Rectified, StretchedRectified
+from pyro_sparse.distributions.univariate.zero_one_inflated import ZeroOneInflated
 
 __all__ = [
     # sparse: a projection of scores onto the simplex
@@ -54,7 +54,7 @@ __all__ = [
     "FaceDirichlet",
     "FaceLogisticNormal",
     "mixed_simplex",
-    # extrinsic: a dense sample, projected onto the simplex
+    # projected: a dense sample, projected onto the simplex
     "GaussianSparsemax",
     "HardConcreteSimplex",
     # straight-through: discrete forward, a smooth Jacobian backward

@@ -10,7 +10,6 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
-from pyro_sparse._autograd import is_true, unwrapped
 from pyro_sparse._precision import widened
 
 
@@ -84,26 +83,6 @@ class _MixedSimplex(constraints.Constraint):
         return "mixed_simplex"
 
 
-def check_compositions(owner: str, value: Tensor, num_classes: int) -> None:
-    """Raises unless the rows of a value are compositions of so many parts, to the constraint's tolerance."""
-    if not value.is_floating_point():
-        raise ValueError(
-            f"{owner}.log_prob: expected a floating-point value, got {value.dtype}. Convert it, e.g. by .float()."
-        )
-    if value.shape[-1:] != (num_classes,):
-        raise ValueError(
-            f"{owner}.log_prob: expected {num_classes} coordinates in the last dim, got shape {tuple(value.shape)}. "
-            "Give each row one for each vertex."
-        )
-    ok = mixed_simplex.check(value)
-    if not is_true(ok):
-        row = unwrapped(value.detach())[~unwrapped(ok)][0]
-        raise ValueError(
-            f"{owner}.log_prob: expected rows that are non-negative and sum to one, got one with minimum "
-            f"{row.min():.4g} and sum {row.sum():.8g}. Divide amounts by their sum: y / y.sum(-1, keepdim=True)."
-        )
-
-
 def nan_where(nan: Tensor, result: Tensor) -> Tensor:
     """The result, NaN where this holds: where a value is NaN, of which a comparison knows nothing."""
     return torch.where(nan, math.nan, result)
@@ -123,11 +102,6 @@ def rounded_composition(draw: Tensor, dtype: torch.dtype) -> Tensor:
     """Compositions in half precision: what is positive stays so, and the row on its face."""
     y, tiny = draw.to(dtype), torch.finfo(dtype).tiny
     return torch.where((draw > 0) & (y < tiny), y + (tiny - y).detach(), y)
-
-
-def on_simplex_only(log_prob: Tensor, value: Tensor, ok: Tensor) -> Tensor:
-    """The log-probabilities where the rows of a value are ok, -inf elsewhere, NaN where they have one."""
-    return nan_where(value.isnan().any(-1), torch.where(ok, log_prob, -math.inf))
 
 
 #: compositions, zeros included: the simplex where all faces have probability

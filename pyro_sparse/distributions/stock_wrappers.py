@@ -21,17 +21,17 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Size, Tensor
 from torch.distributions import AffineTransform, ComposeTransform, Distribution, Transform
 
-from pyro_sparse.distributions.affine import AffineMixed
-from pyro_sparse.distributions.faces import FaceDistribution
-from pyro_sparse.distributions.mixed import MixedDistribution
-from pyro_sparse.distributions.mixed_base import MixedBase
-from pyro_sparse.distributions.mixed_wrappers import Forwarding, IndependentMixed, MaskedMixed
-from pyro_sparse.distributions.on_face import OnFace
-from pyro_sparse.distributions.sparse_support import SparseDistribution
-from pyro_sparse.distributions.straight_through import _StraightThrough
+from pyro_sparse.distributions.discrete.sparse_support import SparseDistribution
+from pyro_sparse.distributions.discrete.straight_through import _StraightThrough
+from pyro_sparse.distributions.mixed.base import MixedBase
+from pyro_sparse.distributions.mixed.wrappers import Forwarding, IndependentMixed, MaskedMixed
+from pyro_sparse.distributions.simplex.faces import FaceDistribution
+from pyro_sparse.distributions.simplex.within_face import WithinFace
+from pyro_sparse.distributions.univariate.affine import AffineMixed
+from pyro_sparse.distributions.univariate.mixed import MixedDistribution
 
 #: whose values have probabilities, or densities that are not w.r.t. Lebesgue measure
-_OURS = (MixedBase, Forwarding, SparseDistribution, FaceDistribution, OnFace, _StraightThrough)
+_OURS = (MixedBase, Forwarding, SparseDistribution, FaceDistribution, WithinFace, _StraightThrough)
 #: where stock wrappers keep what they wrap
 _INSIDE = ("base_dist", "component_distribution", "component0", "component1")
 

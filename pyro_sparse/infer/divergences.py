@@ -28,8 +28,8 @@ from torch.distributions import (
 # Private: there is no public way to ask which formula serves a pair.
 from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 
-from pyro_sparse.distributions.kl import kl_bits, kl_categorical
-from pyro_sparse.distributions.mixed_base import MixedBase, UnknownDivergence
+from pyro_sparse.distributions.discrete.kl import kl_bits, kl_categorical
+from pyro_sparse.distributions.mixed.base import MixedBase, UnknownDivergence
 from pyro_sparse.estimators.base import element
 from pyro_sparse.infer.law import is_point_mass, law
 

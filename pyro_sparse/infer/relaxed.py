@@ -17,7 +17,7 @@ from torch.distributions import Bernoulli, Independent, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits, linear_log_prob
 from pyro_sparse.distributions import SparseOneHotCategorical
-from pyro_sparse.distributions.straight_through import is_straight_through, unwrapped
+from pyro_sparse.distributions.discrete.straight_through import is_straight_through, unwrapped
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.law import full_score_parts, law
 

@@ -13,9 +13,9 @@ from pyro.infer.util import MultiFrameTensor
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_sparse.distributions.mixed_base import MixedBase
-from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
-from pyro_sparse.distributions.straight_through import is_straight_through
+from pyro_sparse.distributions.discrete.straight_through import is_straight_through
+from pyro_sparse.distributions.mixed.base import MixedBase
+from pyro_sparse.distributions.mixed.wrappers import IndependentMixed, MaskedMixed
 from pyro_sparse.infer.factors import as_costs
 from pyro_sparse.infer.law import full_score_parts
 from pyro_sparse.infer.refusals import refuse_guide_messenger

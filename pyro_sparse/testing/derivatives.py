@@ -18,8 +18,8 @@ from torch.distributions import Distribution
 from torch.distributions.utils import lazy_property
 
 from pyro_sparse.distributions import MixedDistribution
-from pyro_sparse.distributions.affine import AffineMixed
-from pyro_sparse.distributions.mixed_wrappers import IndependentMixed, MaskedMixed
+from pyro_sparse.distributions.mixed.wrappers import IndependentMixed, MaskedMixed
+from pyro_sparse.distributions.univariate.affine import AffineMixed
 from pyro_sparse.testing.mixed_distributions import followed, mass_and_density
 from pyro_sparse.testing.properties import leaves, offered, require
 

@@ -30,11 +30,11 @@ from pyro_sparse.distributions import (
     StretchedRectified,
     ZeroOneInflated,
 )
-from pyro_sparse.distributions.spike_and_exponential import TruncatedExponential
+from pyro_sparse.distributions.univariate.spike_and_exponential import TruncatedExponential
 from pyro_sparse.nn import HardConcreteGate
 from pyro_sparse.testing.derivatives import check_second_derivatives, check_traced
-from tests.distributions.mixed_zoo import MILD
-from tests.simplex_zoo import KINDS, make, random_parameters
+from tests.distributions.simplex.simplex_zoo import KINDS, make, random_parameters
+from tests.distributions.univariate.mixed_zoo import MILD
 
 ROWS = [[1.0, 0.5, -1.0], [0.2, 0.1, 0.0]]
 #: what makes a family of its parameters, and these

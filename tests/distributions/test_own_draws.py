@@ -11,7 +11,6 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
-from mixed_zoo import EXTREME, MILD, extreme, leaves
 
 from pyro_sparse.distributions import (
     FaceDirichlet,
@@ -24,8 +23,9 @@ from pyro_sparse.distributions import (
     SpikeAndSlab,
     ZeroOneInflated,
 )
-from pyro_sparse.distributions.kumaraswamy import Kumaraswamy
+from pyro_sparse.distributions.univariate.kumaraswamy import Kumaraswamy
 from pyro_sparse.testing.own_draws import own_draws
+from tests.distributions.univariate.mixed_zoo import EXTREME, MILD, extreme, leaves
 
 FLOATS = [torch.float32, torch.float64]
 #: a slab of each kind that is at an end, in the dtype, with much probability

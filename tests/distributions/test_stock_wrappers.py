@@ -10,12 +10,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from mixed_zoo import MILD, UNIT, mild
 from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.transforms import AffineTransform
 from pyro.infer import Trace_ELBO
-from simplex_zoo import KINDS, attached, make, random_parameters
 from torch import Size, Tensor
 
 from pyro_sparse.distributions import (
@@ -35,6 +33,8 @@ from pyro_sparse.distributions import (
 )
 from pyro_sparse.testing.properties import leaves
 from pyro_sparse.testing.quadrature import integrate
+from tests.distributions.simplex.simplex_zoo import KINDS, attached, make, random_parameters
+from tests.distributions.univariate.mixed_zoo import MILD, UNIT, mild
 
 MASK = torch.tensor([True, False, True])
 #: by constructor and by method, of a batch of three

@@ -11,10 +11,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from mixed_zoo import MILD
 from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
-from simplex_zoo import KINDS, make, random_parameters
 from torch import Size, Tensor
 from torch.distributions import kl_divergence
 from torch.func import grad, jacrev, vmap
@@ -36,6 +34,8 @@ from pyro_sparse.distributions import (
 )
 from pyro_sparse.infer import BaselineELBO
 from pyro_sparse.projections import entmax, entmax15, topk_sparsemax
+from tests.distributions.simplex.simplex_zoo import KINDS, make, random_parameters
+from tests.distributions.univariate.mixed_zoo import MILD
 
 NAMES = tuple(random_parameters(3))
 ROWS = torch.tensor([[0.3, -0.2, 1.0, 0.1], [2.0, 0.5, 0.4, -1.0], [0.0, 0.1, 0.2, 0.0]], dtype=torch.float64)

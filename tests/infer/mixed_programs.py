@@ -16,7 +16,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from known_gradients import Program
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
@@ -30,9 +29,10 @@ from pyro_sparse.distributions import (
     StretchedRectified,
     ZeroOneInflated,
 )
-from pyro_sparse.distributions.spike_and_exponential import TruncatedExponential
+from pyro_sparse.distributions.univariate.spike_and_exponential import TruncatedExponential
 from pyro_sparse.estimators import LeaveOneOut, MovingAverage, ScoreFunction, SplitPathwise
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
+from tests.known_gradients import Program
 
 Draw = Callable[[str, Any], Tensor]
 

@@ -18,8 +18,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from known_gradients import Program, estimates, exact_gradient, standard_errors
-from mixed_programs import (
+from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pyro_sparse.distributions import SparseCategorical
+from pyro_sparse.infer import SparseEnumELBO
+from tests.infer.mixed_programs import (
     DATA,
     FAMILIES,
     NOISE,
@@ -39,13 +45,7 @@ from mixed_programs import (
     two_sites,
     two_sites_elbo,
 )
-from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
-from pyro.infer import Trace_ELBO
-from torch import Tensor
-
-from pyro_sparse.distributions import SparseCategorical
-from pyro_sparse.infer import SparseEnumELBO
+from tests.known_gradients import Program, estimates, exact_gradient, standard_errors
 
 DRAWS = 20_000
 CHUNK = 10_000  # of draws at a time: faster than all at once

@@ -16,16 +16,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from known_gradients import Program, estimates, exact_gradient, standard_errors
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
-from simplex_zoo import points
 from torch import Tensor
 
 from pyro_sparse import sample_mixed
 from pyro_sparse.distributions import FaceDirichlet, FaceLogisticNormal, GibbsFaces, MixedDirichlet, MixedSimplex
 from pyro_sparse.estimators import Exact, LeaveOneOut, MovingAverage, RaoBlackwell, ScoreFunction
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
+from tests.distributions.simplex.simplex_zoo import points
+from tests.known_gradients import Program, estimates, exact_gradient, standard_errors
 
 DRAWS, CHUNK = 60_000, 20_000
 NOISE = 0.4

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from collapsed_examples import (
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+
+from pyro_sparse.estimators import Exact
+from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
+from tests.infer.collapsed_examples import (
     ANIMALS,
     DOCUMENTS,
     GROUPS,
@@ -39,15 +47,7 @@ from collapsed_examples import (
     tracks_guide,
     tracks_model,
 )
-from neural_examples import GENES, IMAGES, LABELS, SIDE, Cells, Scenes, SemiSupervised, network
-from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal
-from pyro.util import get_rng_state, set_rng_state
-from torch import Tensor
-
-from pyro_sparse.estimators import Exact
-from pyro_sparse.infer import BaselineELBO, EstimatorELBO, SparseEnumELBO
+from tests.infer.neural_examples import GENES, IMAGES, LABELS, SIDE, Cells, Scenes, SemiSupervised, network
 
 Program = Callable[..., Any]
 

@@ -18,21 +18,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from known_gradients import Program, estimates, exact_gradient, standard_errors
-from mixed_programs import (
-    DATA,
-    FAMILIES,
-    NOISE,
-    log_lik,
-    one_site,
-    one_site_elbo,
-    place,
-    sampler,
-    shifted,
-    theta,
-    two_sites,
-    two_sites_elbo,
-)
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
@@ -62,6 +47,21 @@ from pyro_sparse.estimators import (
     TrainableConstant,
 )
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO, config_estimators
+from tests.infer.mixed_programs import (
+    DATA,
+    FAMILIES,
+    NOISE,
+    log_lik,
+    one_site,
+    one_site_elbo,
+    place,
+    sampler,
+    shifted,
+    theta,
+    two_sites,
+    two_sites_elbo,
+)
+from tests.known_gradients import Program, estimates, exact_gradient, standard_errors
 
 DRAWS = 100_000
 NORMAL = FAMILIES["RectifiedNormal"]

@@ -1,0 +1,1 @@
+"""Mixed variables on a line: atoms at the ends, or at zero, and a density beside them."""
