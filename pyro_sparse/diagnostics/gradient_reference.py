@@ -14,9 +14,9 @@ from pyro_sparse.diagnostics.gradient_samples import Program, Sampler
 from pyro_sparse.infer.baseline_elbo import BaselineELBO
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
 from pyro_sparse.infer.exact import MAX_OUTCOMES, EnumeratedELBO, NoiseLeftError, exact_gradient
+from pyro_sparse.infer.runs.together import why_one_by_one
 from pyro_sparse.infer.score_function import ScoreFunctionELBO
 from pyro_sparse.infer.sparse_enum import SparseEnumELBO
-from pyro_sparse.infer.together import why_one_by_one
 
 SHARE = 0.1  # of the time of all estimators, for enumerated gradients that must be averaged
 AT_LEAST = 20  # of gradients that are averaged

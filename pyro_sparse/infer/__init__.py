@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyro_sparse.infer.assignment import config_estimators
 from pyro_sparse.infer.baseline_elbo import BaselineELBO
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
+from pyro_sparse.infer.expansion.stats import SupportStats
 from pyro_sparse.infer.sparse_enum import SparseEnumELBO
-from pyro_sparse.infer.stats import SupportStats
 
 __all__ = [
     # exact, over the non-zero support

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import VIMCO, Estimator
 from pyro_sparse.infer.assignment import Assignment, names_in
-from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
-from pyro_sparse.infer.estimator_messenger import PARTICLES
-from pyro_sparse.infer.explanations import Alone, explained, require_row_by_row
-from pyro_sparse.infer.program import Program, Run, ScoreSite
-from pyro_sparse.infer.refusals import refuse_guide_messenger
-from pyro_sparse.infer.relaxed import smooth_sites
-from pyro_sparse.infer.sequential import sequential_runs
-from pyro_sparse.infer.undisturbed import buffers_as_they_were, no_new_parameters, undisturbed
+from pyro_sparse.infer.expansion.estimator_messenger import PARTICLES
+from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
+from pyro_sparse.infer.runs.explanations import Alone, explained, require_row_by_row
+from pyro_sparse.infer.runs.program import Program
+from pyro_sparse.infer.runs.sequential import sequential_runs
+from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, no_new_parameters, undisturbed
+from pyro_sparse.infer.terms.bound import importance_bound
+from pyro_sparse.infer.terms.reading import Reader
+from pyro_sparse.infer.terms.scores import Run, ScoreSite
 
 COSTS = ("plates", "graph")
 TWICE = (
@@ -213,14 +215,15 @@ class EstimatorELBO(ELBO, nn.Module):
         if self._joint:
             runs: list[Run] = []
             for _ in range(particles):  # on one subsample: costs of other data would be no baseline
-                subsamples = runs[0].subsamples if runs else None
+                subsamples = runs[0].traces.subsamples if runs else None
                 runs += self._particle(model, guide, args, kwargs, subsamples=subsamples)
             yield runs
         else:
             for _ in range(particles):
                 runs = list(self._particle(model, guide, args, kwargs))
-                if runs[0].messenger.estimators and (runs[0].messenger.num_laid_out or self._in_a_plate):
-                    self._check_rows(runs[0].messenger.estimators, Alone(model, guide, args, kwargs))
+                expansion = runs[0].traces.expansion
+                if expansion.estimators and (expansion.num_laid_out or self._in_a_plate):
+                    self._check_rows(expansion.estimators, Alone(model, guide, args, kwargs))
                 yield runs
 
     @property
@@ -285,18 +288,18 @@ class EstimatorELBO(ELBO, nn.Module):
         if self._in_a_plate:  # whose plates have been counted
             particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
             guide, model = particles(guide), particles(model)
-        find, find_for_score = self.assignment.find, self.assignment.find_for_score
-        program = Program(model, guide, args, kwargs, find, find_for_score, count_plates, self.max_plate_nesting, alone)
-        program.analytic_kl, program.graph = self.analytic_kl, self.costs == "graph"
+        find, nesting, watched = self.assignment.find, self.max_plate_nesting, self.costs == "graph"
+        program = Program(model, guide, args, kwargs, find, count_plates, nesting, alone, watched)
+        reader = Reader(find, self.assignment.find_for_score, self.analytic_kl)
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
-            result = program.run(kind, subsamples, wrap)
+            result = reader.read(program.run(kind, subsamples, wrap))
             self.assignment.serve()
             return result
 
         if not self._sequential:
             once = run()
-            if not once.has_sequential:
+            if not once.traces.has_sequential:
                 yield once
                 return
             self._sequential = True  # that run drew what is to be enumerated: it does not count
@@ -329,7 +332,7 @@ class EstimatorELBO(ELBO, nn.Module):
         def rerun(kind: str) -> list[Run]:
             if kind not in reruns:
                 with torch.no_grad(), buffers_as_they_were():
-                    reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].subsamples))
+                    reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].traces.subsamples))
             return reruns[kind]
 
         for run in group:
@@ -342,11 +345,7 @@ class EstimatorELBO(ELBO, nn.Module):
         for run in group:
             parts, losses = run.costs.paths(), []
             for score in run.scores:
-                score.site.rerun = lambda kind, score=score: score.average_cost(rerun(kind))
-                score.site.attached_cost = lambda score=score, run=run: score.attached_cost(run)
-                term, loss, update = self._score_term(score, run, group)
-                # They hold the site: a cycle would keep the step's tensors alive.
-                score.site.rerun = score.site.attached_cost = None
+                term, loss, update = self._score_term(score, run, group, rerun)
                 parts.append(term)
                 if isinstance(loss, Tensor):
                     losses.append(loss)
@@ -358,23 +357,26 @@ class EstimatorELBO(ELBO, nn.Module):
         total = sum(totals[1:], totals[0])
         return total if self.num_particles == 1 else total / self.num_particles, updates
 
-    def _score_term(self, score: ScoreSite, run: Run, group: list[Run]) -> tuple[Tensor, Any, Update]:
+    def _score_term(
+        self, score: ScoreSite, run: Run, group: list[Run], rerun: Callable[[str], list[Run]]
+    ) -> tuple[Tensor, Any, Update]:
         """One site's share of the surrogate, its estimator's own loss, and the update of its running means."""
-        site, estimator = score.site, self.assignment.of(score.site.name, score.frames)
+        name, log_prob = score.site.name, score.site.log_prob
+        estimator = self.assignment.of(name, score.frames)
         if estimator.num_particles not in (1, self.num_particles):
             raise ValueError(
-                f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__}({estimator.num_particles}) "
+                f"EstimatorELBO, site '{name}': expected {type(estimator).__name__}({estimator.num_particles}) "
                 f"only at sites that the first run reaches, got another, and {self.num_particles} particle(s). Give it "
                 "to the ELBO: EstimatorELBO({'*': ...})."
             )
-        cost, log_prob = score.cost(run), site.log_prob
+        cost = score.cost(run)
         weight = run.costs.weight(score.dims - {score.own_dim})
         if weight is not None:  # what an ancestor rules out has any log-probability
             log_prob = torch.where(weight > 0, log_prob, 0.0)
         if self._joint and estimator.num_particles > 1:
             if len(group) != self.num_particles:
                 raise ValueError(
-                    f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__}(vectorized=False) without "
+                    f"EstimatorELBO, site '{name}': expected {type(estimator).__name__}(vectorized=False) without "
                     "sequential enumeration at another site, got both. Draw that site, or use a baseline here."
                 )
             # The other particles' costs at this site; they may have taken another branch.
@@ -385,8 +387,15 @@ class EstimatorELBO(ELBO, nn.Module):
         if estimator.num_particles > 1 and not self._joint:
             weight = None if weight is None else weight.expand_as(cost).movedim(self._particle_dim, 0)
             cost, log_prob = cost.movedim(self._particle_dim, 0), log_prob.movedim(self._particle_dim, 0)
-        site.log_prob = log_prob
-        value, loss = estimator(cost, site)
+        site = replace(score.site, log_prob=log_prob)
+        value, loss = estimator(
+            cost,
+            replace(
+                site,
+                rerun=lambda kind: score.average_cost(rerun(kind)),
+                attached_cost=lambda: score.attached_cost(run),
+            ),
+        )
         if log_prob.requires_grad and not value.requires_grad:
             raise ValueError(
                 f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__} to return a surrogate "

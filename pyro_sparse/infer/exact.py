@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +16,12 @@ from pyro.util import check_traceenum_requirements
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_sparse.infer.factors import as_costs
-from pyro_sparse.infer.law import full_score_parts, law
-from pyro_sparse.infer.messenger import enumerate_values
+from pyro_sparse.infer.expansion.law import law
+from pyro_sparse.infer.expansion.views import with_values, with_whole_score
 from pyro_sparse.infer.refusals import refuse_guide_messenger
-from pyro_sparse.infer.together import nesting_of, run_once
-from pyro_sparse.infer.undisturbed import random_state, undisturbed
+from pyro_sparse.infer.runs.ordinary import nesting_of, run_once
+from pyro_sparse.infer.runs.undisturbed import random_state, undisturbed
+from pyro_sparse.infer.terms.factors import as_costs
 
 STRATEGIES = ("parallel", "sequential")
 MAX_OUTCOMES = 4096
@@ -171,19 +169,17 @@ class _EnumerateAll(Messenger):
         fn = msg["fn"]
         if msg["is_observed"] or site_is_subsample(msg):
             return
-        view = copy.copy(fn)
-        drawn = law(fn)
+        view, drawn = fn, law(fn)
         if isinstance(drawn, Independent):
             values = self._combinations(drawn, msg["name"])
             if values is None:
                 return
-            shape = fn.batch_shape + fn.event_shape
-            view.__dict__["enumerate_support"] = functools.partial(enumerate_values, values, shape)
+            view = with_values(fn, values)
         elif not getattr(fn, "has_enumerate_support", False):
             return
         # The weights of its outcomes: those of straight-through ones would be 1, and no mask may lie on them.
         if getattr(fn, "has_rsample", False) or drawn is not fn:
-            view.__dict__["score_parts"] = functools.partial(full_score_parts, fn)
+            view = with_whole_score(view)
         msg["fn"] = view
         asked = msg["infer"].get("enumerate") or self.strategy
         others = {k: v for k, v in msg["infer"].items() if k not in ("num_samples", "tmc", "expand")}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from torch import Tensor
 from pyro_sparse.distributions.discrete.straight_through import is_straight_through
 from pyro_sparse.distributions.mixed.base import MixedBase
 from pyro_sparse.distributions.mixed.wrappers import IndependentMixed, MaskedMixed
-from pyro_sparse.infer.factors import as_costs
-from pyro_sparse.infer.law import full_score_parts
+from pyro_sparse.infer.expansion.views import with_whole_score
 from pyro_sparse.infer.refusals import refuse_guide_messenger
+from pyro_sparse.infer.terms.factors import as_costs
 
 
 class ScoreFunctionELBO(Trace_ELBO):
@@ -74,9 +72,7 @@ class _PlainDraws(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if not msg["is_observed"] and (jumps(fn) or is_straight_through(fn)):
-            view = copy.copy(fn)
-            view.__dict__["score_parts"] = functools.partial(full_score_parts, fn)
-            msg["fn"] = view
+            msg["fn"] = with_whole_score(fn)
             if msg["value"] is None:
                 with torch.no_grad():
                     msg["value"] = fn(*msg["args"], **msg["kwargs"])

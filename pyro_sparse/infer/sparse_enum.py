@@ -6,7 +6,6 @@ import copy
 import importlib
 import itertools
 import math
-import queue
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import TraceEnum_ELBO
-from pyro.infer.enum import get_importance_trace, iter_discrete_escape, iter_discrete_extend
+from pyro.infer.enum import get_importance_trace
 from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal
 from pyro.infer.util import Dice, is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
@@ -24,14 +23,16 @@ from pyro.util import check_traceenum_requirements, warn_if_nan
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
-from pyro_sparse.infer import layouts
-from pyro_sparse.infer.factors import as_costs
-from pyro_sparse.infer.masked_rows import MaskedRowsMessenger, reaching_unmasked
-from pyro_sparse.infer.messenger import SparseEnumMessenger
+from pyro_sparse.infer.expansion import layouts
+from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
+from pyro_sparse.infer.expansion.messengers import SparseEnumMessenger
+from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
+from pyro_sparse.infer.expansion.work import slot_ratios
 from pyro_sparse.infer.refusals import refuse_guide_messenger
-from pyro_sparse.infer.stats import StepRecord, SupportStats
-from pyro_sparse.infer.undisturbed import rewind, undisturbed
-from pyro_sparse.infer.work import slot_ratios
+from pyro_sparse.infer.runs.sequential import sequential_runs
+from pyro_sparse.infer.runs.undisturbed import rewind, undisturbed
+from pyro_sparse.infer.terms.factors import as_costs
+from pyro_sparse.infer.terms.masked import reaching_unmasked
 
 MODES = ("padded", "union", "auto")
 _NO_JIT = "Tracing would freeze the support of the first batch; run it eagerly."
@@ -173,12 +174,10 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _traces(
         self, guide_enum: Messenger, model_enum: Messenger, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
-        q: queue.LifoQueue[Any] = queue.LifoQueue()
-        q.put(poutine.Trace())
-        guide = poutine.queue(guide_enum(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
-        model = model_enum(model)
-        while not q.empty():
-            yield self._get_trace(model, guide, args, kwargs)
+        def run(wrap: Callable[[Any], Any]) -> tuple[poutine.Trace, poutine.Trace]:
+            return self._get_trace(model_enum(model), wrap(guide_enum(guide)), args, kwargs)
+
+        return sequential_runs(run)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         model_trace, guide_trace = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pyro_sparse.distributions as sdist
 from pyro_sparse.infer.exact import EnumeratedELBO, NoiseLeftError, exact_gradient
-from pyro_sparse.infer.together import why_one_by_one
+from pyro_sparse.infer.runs.together import why_one_by_one
 
 B, K = 4, 3
 

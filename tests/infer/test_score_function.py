@@ -17,8 +17,8 @@ from torch import Tensor
 
 import pyro_sparse.distributions as sdist
 from pyro_sparse.infer.exact import EnumeratedELBO
+from pyro_sparse.infer.runs.together import run_once
 from pyro_sparse.infer.score_function import ScoreFunctionELBO
-from pyro_sparse.infer.together import run_once
 
 BITS = [torch.tensor(pair) for pair in itertools.product((0.0, 1.0), repeat=2)]
 

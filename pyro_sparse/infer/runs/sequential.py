@@ -11,7 +11,7 @@ from typing import Any
 from pyro import poutine
 from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 
-from pyro_sparse.infer.law import law
+from pyro_sparse.infer.expansion.law import law
 
 
 def sequential_runs(run: Callable[[Callable[[Any], Any]], Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sparse.infer.messenger import SparseSite
+from pyro_sparse.infer.expansion.messengers import SparseSite
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_sparse.estimators import Exact, StraightThrough
 from pyro_sparse.infer import EstimatorELBO
-from pyro_sparse.infer import program as program_module
+from pyro_sparse.infer.terms import reading
 
 X = torch.tensor([0.3, -1.0], dtype=torch.float64)
 
@@ -78,7 +78,7 @@ def test_the_exact_gradient(in_model: str, model_chained: bool, in_guide: str, g
 
 def test_the_check_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: with every divergence in closed form, the first of these is wrong."""
-    monkeypatch.setattr(program_module, "priors_that_see_their_draws", lambda *args: frozenset())
+    monkeypatch.setattr(reading, "priors_that_see_their_draws", lambda *args: frozenset())
     program = model("ab", True), guide("ba", True)
     expected = step(TraceEnum_ELBO(max_plate_nesting=1), program[0], config_enumerate(program[1]))
     assert abs(step(EstimatorELBO(Exact(), analytic_kl=True), *program)[0] - expected[0]) > 1e-3
@@ -91,5 +91,5 @@ def test_the_same_numbers_as_in_the_guides_order() -> None:
 
 
 def test_in_one_order_no_further_run_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_module, "priors_that_see_their_draws", None)
+    monkeypatch.setattr(reading, "priors_that_see_their_draws", None)
     step(EstimatorELBO(StraightThrough()), model("ab", True), guide("ab", True))

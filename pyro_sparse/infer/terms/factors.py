@@ -13,10 +13,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_sparse.infer.dependencies import Subsamples, latent_values
-from pyro_sparse.infer.law import is_point_mass
-from pyro_sparse.infer.provenance import OWN, LabelDraws, Provenance
-from pyro_sparse.infer.undisturbed import random_state_of_python, undisturbed
+from pyro_sparse.infer.expansion.law import is_point_mass
+from pyro_sparse.infer.runs.provenance import OWN, LabelDraws, Provenance
+from pyro_sparse.infer.runs.undisturbed import random_state_of_python, undisturbed
+from pyro_sparse.infer.terms.dependencies import Subsamples, latent_values
 
 Guide = Callable[..., Any]
 

@@ -12,8 +12,9 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_sparse.infer.provenance import OWN, LabelDraws, Provenance
-from pyro_sparse.infer.undisturbed import before_every_forward, random_state_of_python, undisturbed
+from pyro_sparse.infer.runs.ordinary import nesting_of, run_once, sites_of
+from pyro_sparse.infer.runs.provenance import OWN, LabelDraws, Provenance
+from pyro_sparse.infer.runs.undisturbed import before_every_forward, random_state_of_python, undisturbed
 
 DRAWS = 3
 # Modules that mix rows, or draw, in training only: not what a program is asked for when its rows are compared.
@@ -67,7 +68,7 @@ def compare(
         runs = []
         for _ in range(draws):
             runs.append(run_once(model, guide, args, kwargs, fixed))
-            for name, site in _sites(runs[-1]).items():
+            for name, site in sites_of(runs[-1]).items():
                 if name not in fixed and site_is_subsample(site):
                     fixed.add_node(name, **site)
         nesting = nesting_of(runs[0])
@@ -82,7 +83,7 @@ def compare(
         except Exception as error:  # whatever it is: the same program has just run on one value
             return Comparison(error, [])
         if differing and as_evaluated:
-            differing -= _noisy(model, guide, args, kwargs, _values(_sites(runs[0]), fixed))
+            differing -= _noisy(model, guide, args, kwargs, _values(sites_of(runs[0]), fixed))
     return Comparison(None, sorted({name for _, name in differing}))
 
 
@@ -114,37 +115,11 @@ def _evaluated() -> Iterator[None]:
             module.training = True
 
 
-def run_once(
-    model: Any, guide: Any, args: Any, kwargs: Any, given: poutine.Trace | None = None
-) -> tuple[poutine.Trace, poutine.Trace]:
-    """The traces of one ordinary run of guide and model, with log-probabilities. Sites in ``given`` take its values."""
-    given = poutine.Trace() if given is None else given
-    guide_trace = poutine.trace(poutine.replay(guide, trace=given)).get_trace(*args, **kwargs)
-    latent = given.copy()
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample":
-            latent.nodes[name] = site  # add_node would warn of names that both have
-    model_trace = poutine.trace(poutine.replay(model, trace=latent)).get_trace(*args, **kwargs)
-    guide_trace.compute_log_prob()
-    model_trace.compute_log_prob()
-    return guide_trace, model_trace
-
-
-def _sites(traces: Iterable[poutine.Trace]) -> dict[str, Any]:
-    """The sample sites of guide and model, the guide's where both have one."""
-    return {n: s for trace in reversed([*traces]) for n, s in trace.nodes.items() if s["type"] == "sample"}
-
-
-def nesting_of(traces: Iterable[poutine.Trace]) -> int:
-    frames = [frame for site in _sites(traces).values() for frame in site["cond_indep_stack"] if frame.vectorized]
-    return max((-frame.dim for frame in frames), default=0)
-
-
 def _log_probs(traces: Iterable[poutine.Trace]) -> dict[tuple[int, str], Tensor]:
     return {
         (role, name): site["log_prob"]
         for role, trace in enumerate(traces)
-        for name, site in _sites([trace]).items()
+        for name, site in sites_of([trace]).items()
         if not site_is_subsample(site)
     }
 
@@ -160,7 +135,7 @@ def _values(sites: Mapping[str, Any], fixed: poutine.Trace) -> poutine.Trace:
 
 def _stack(runs: Any, fixed: poutine.Trace, nesting: int) -> poutine.Trace:
     """The values of all runs, in a dim to the left of all plates."""
-    sites = [_sites(pair) for pair in runs]
+    sites = [sites_of(pair) for pair in runs]
     stacked = _values(sites[0], fixed)
     for name in [name for name in stacked.nodes if name not in fixed]:
         site: Any = stacked.nodes[name]

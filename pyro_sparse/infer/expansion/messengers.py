@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,12 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
-from pyro_sparse.infer.layouts import Layout, dense
+from pyro_sparse.infer.expansion.layouts import Layout, dense, padded
+from pyro_sparse.infer.expansion.views import with_values
+
+
+class PlatesUnknownError(Exception):
+    """A site that is to have slots was reached by a run that does not know how many dims plates have."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class SparseEnumMessenger(EnumMessenger):
     distribution has a sparse support, and is the stock messenger at all others.
 
     Args:
-        layout: see :mod:`pyro_sparse.infer.layouts`.
+        layout: see :mod:`pyro_sparse.infer.expansion.layouts`.
         max_plate_nesting: dims to the left of it belong to enumerated sites.
         guide_sites: None in a guide, where every sparse site is enumerated; in a model, the names of the guide's
             sites: the others are enumerated where ``infer`` asks for it.
@@ -59,7 +63,7 @@ class SparseEnumMessenger(EnumMessenger):
         if not msg["done"] and not msg["is_observed"] and self._enumerates(msg):
             values = self._lay_out(msg)
             msg["infer"] = {"enumerate": "parallel", **msg["infer"]}
-            msg["fn"] = _with_support(msg["fn"], values)
+            msg["fn"] = with_values(msg["fn"], values)
         self.visited.add(msg["name"])
         super()._pyro_sample(msg)
 
@@ -101,14 +105,27 @@ class SparseEnumMessenger(EnumMessenger):
         return (dense if asked == "dense" else self.layout)(name, fn, shared)
 
 
-def _with_support(fn: SparseDistribution, values: Tensor) -> SparseDistribution:
-    """A view of ``fn`` whose ``enumerate_support`` gives ``values``: what Pyro's enumeration reads."""
-    view = fn.expand(fn.batch_shape)
-    enumerate_support = functools.partial(enumerate_values, values, fn.batch_shape + fn.event_shape)
-    view.__dict__["enumerate_support"] = enumerate_support
-    return view
+class ModelEnumMessenger(SparseEnumMessenger):
+    """
+    In a model: enumerates the marked sites that the guide lacks, in dims to the left of the guide's slots.
 
+    Args:
+        nesting: how many dims plates have.
+        guide_sites: the guide's, which take its values.
 
-def enumerate_values(values: Tensor, shape: tuple[int, ...], expand: bool = True) -> Tensor:
-    """``enumerate_support`` of a view that knows its values."""
-    return values.expand(values.shape[:1] + shape) if expand else values
+    Raises:
+        PlatesUnknownError: at a marked site, where ``nesting`` is not known yet.
+    """
+
+    owner = "EstimatorELBO"
+
+    def __init__(self, nesting: float, guide_sites: Collection[str]) -> None:
+        self.knows_plates = nesting != float("inf")
+        super().__init__(padded, int(nesting) if self.knows_plates else 0, guide_sites=guide_sites)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in (self.guide_sites or ()):
+            msg["infer"] = {**msg["infer"], "enumerate": None}
+        elif not self.knows_plates and not msg["is_observed"] and msg["infer"].get("enumerate") == "parallel":
+            raise PlatesUnknownError
+        super()._pyro_sample(msg)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pyro_sparse.distributions import SparseDistribution
-from pyro_sparse.infer.layouts import Layout, Size
+from pyro_sparse.infer.expansion.layouts import Layout, Size
 
 # What an element written by a pointwise operation costs, in floating-point operations of a matrix product.
 ELEMENT_FLOPS = 50

@@ -21,7 +21,7 @@ from pyro_sparse.distributions import (
     SparseOneHotCategorical,
 )
 from pyro_sparse.infer import SparseEnumELBO, sparse_enum
-from pyro_sparse.infer.masked_rows import mask_of
+from pyro_sparse.infer.expansion.masked_rows import mask_of
 
 K, T, B = 6, 3, 4
 REAL = torch.arange(T)[:, None] < torch.tensor([3, 1, 2, 1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,16 +13,11 @@ from torch.distributions import Independent
 
 from pyro_sparse.estimators import Estimator, Exact, Plate, Site, Slots
 from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
-from pyro_sparse.infer import layouts
-from pyro_sparse.infer.costs import Frame
-from pyro_sparse.infer.law import law, padded_law
-from pyro_sparse.infer.messenger import SparseEnumMessenger, enumerate_values
-from pyro_sparse.infer.relaxed import with_linear_log_prob
-
-
-class PlatesUnknownError(Exception):
-    """A site that is to have slots was reached by a run that does not know how many dims plates have."""
-
+from pyro_sparse.infer.expansion import layouts
+from pyro_sparse.infer.expansion.law import law, padded_law
+from pyro_sparse.infer.expansion.messengers import PlatesUnknownError, SparseEnumMessenger
+from pyro_sparse.infer.expansion.views import with_linear_log_prob, with_values
+from pyro_sparse.infer.pyro_internals import Frame
 
 PARTICLES = "num_particles_vectorized"  # the plate that pyro.infer.ELBO puts around vectorised particles
 
@@ -114,7 +107,7 @@ class EstimatorMessenger(SparseEnumMessenger):
             self.laws[name] = padded_law(msg["fn"], self._dims_right_of_slots())
             slots = estimator.draw(self._site(msg, self.laws[name]))
             missing = slots.values.dim() - 1 - len(msg["fn"].batch_shape + msg["fn"].event_shape)
-            msg["fn"] = _with_values(msg["fn"], slots.values.flatten(0, missing))  # those dims have size one
+            msg["fn"] = with_values(msg["fn"], slots.values.flatten(0, missing))  # those dims have size one
             if estimator.relaxes:
                 msg["fn"] = with_linear_log_prob(msg["fn"], name)
                 self.relaxed.append(name)
@@ -180,11 +173,3 @@ def mode(fn: Any, site: str) -> Tensor:
                 f"SelfCritic, site '{site}': expected a distribution with a mode, got {fn}. Use SampleBaseline, which "
                 "takes a second draw, or LeaveOneOut(n)."
             ) from error
-
-
-def _with_values(fn: Any, values: Tensor) -> Any:
-    """A view of ``fn`` whose ``enumerate_support`` gives ``values``: what Pyro's enumeration reads."""
-    view = copy.copy(fn)
-    shape = fn.batch_shape + fn.event_shape
-    view.__dict__["enumerate_support"] = functools.partial(enumerate_values, values, shape)
-    return view

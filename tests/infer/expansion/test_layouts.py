@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import pyro_sparse.distributions as sdist
 from pyro_sparse.infer import SparseEnumELBO
-from pyro_sparse.infer.layouts import Layout, cheapest, dense, padded, size, union
-from pyro_sparse.infer.work import ELEMENT_FLOPS, CountWork
+from pyro_sparse.infer.expansion.layouts import Layout, cheapest, dense, padded, size, union
+from pyro_sparse.infer.expansion.work import ELEMENT_FLOPS, CountWork
 
 
 @pytest.mark.parametrize("layout", [padded, union, dense])

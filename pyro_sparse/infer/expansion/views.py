@@ -1,10 +1,12 @@
-"""Values between the outcomes of a discrete site: log-probabilities there, and models that cannot take them."""
+"""
+Views of a distribution, which draw nothing else: other values in place of all outcomes, log-probabilities between the
+outcomes, or without a derivative by the value. Handlers put them at a site; the distribution itself stays what it is.
+"""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,9 +19,33 @@ from torch.distributions import Bernoulli, Independent, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits, linear_log_prob
 from pyro_sparse.distributions import SparseOneHotCategorical
-from pyro_sparse.distributions.discrete.straight_through import is_straight_through, unwrapped
-from pyro_sparse.estimators import Estimator
-from pyro_sparse.infer.law import full_score_parts, law
+from pyro_sparse.distributions.discrete.straight_through import unwrapped
+from pyro_sparse.infer.expansion.law import full_score_parts, law
+
+
+def _view(fn: Any) -> Any:
+    """What shares all that ``fn`` has computed: ``copy.copy`` may compute it again."""
+    view = object.__new__(type(fn))
+    view.__dict__.update(fn.__dict__)
+    return view
+
+
+def with_values(fn: Any, values: Tensor) -> Any:
+    """A view of ``fn`` whose ``enumerate_support`` gives ``values``: what Pyro's enumeration reads."""
+    view = _view(fn)
+    view.__dict__["enumerate_support"] = functools.partial(_enumerate, values, fn.batch_shape + fn.event_shape)
+    return view
+
+
+def _enumerate(values: Tensor, shape: tuple[int, ...], expand: bool = True) -> Tensor:
+    return values.expand(values.shape[:1] + shape) if expand else values
+
+
+def with_whole_score(fn: Any) -> Any:
+    """A view of ``fn`` whose score function is the log-probability in full, without masks."""
+    view = _view(fn)
+    view.__dict__["score_parts"] = functools.partial(full_score_parts, fn)
+    return view
 
 
 class LinearLogProbs(Messenger):
@@ -41,7 +67,7 @@ def with_linear_log_prob(fn: Any, site: str) -> Any:
             f"EstimatorELBO, site '{site}': expected Bernoulli or OneHotCategorical in the model, too, got {fn}, at a "
             "site whose estimator relaxes it. Use RELAX."
         )
-    view = copy.copy(fn)
+    view = _view(fn)
     view.__dict__["log_prob"] = functools.partial(_linear_log_prob, fn)
     view.__dict__["score_parts"] = functools.partial(_linear_score_parts, fn)
     return view
@@ -65,29 +91,7 @@ def _linear_log_prob(fn: Any, value: Tensor) -> Any:
 
 def with_fixed_value(fn: Any) -> Any:
     """A view of ``fn`` whose log-probability has no derivative by the value, and is the score function in full."""
-    view = copy.copy(fn)
+    view = _view(fn)
     view.__dict__["log_prob"] = lambda value: fn.log_prob(value.detach())
     view.__dict__["score_parts"] = lambda value: full_score_parts(fn, value.detach())
     return view
-
-
-def smooth_sites(trace: Any, estimators: Mapping[str, Estimator]) -> dict[str, Any]:
-    """The guide's sites whose values have a pretended or a relaxed derivative: estimators, and the families' own."""
-    found: dict[str, Any] = {name: e for name, e in estimators.items() if e.relaxes or e.reparameterizes}
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and is_straight_through(node["fn"]):
-            found[name] = node["fn"]
-    return found
-
-
-def not_relaxed(sites: Mapping[str, Any], got: str) -> ValueError:
-    """What to raise where a model cannot be differentiated by these sites' values."""
-    where = " or ".join(f"'{name}' ({type(what).__name__})" for name, what in sites.items())
-    takes = "one-hot vectors and bits as numbers"
-    fix = "Multiply the one-hot vector by an embedding's weights (z @ embedding.weight); or use RELAX, whose control "
-    fix += "variate is a network."
-    if any(getattr(what, "relaxes", False) for what in sites.values()):
-        takes += ", and numbers between 0 and 1 in their place"
-    if all(getattr(what, "splits", False) for what in sites.values()):
-        takes, fix = "the value as a number", "Use LeaveOneOut or ScoreFunction."
-    return ValueError(f"EstimatorELBO, site {where}: expected a model that takes {takes}, got one {got}. {fix}")

@@ -10,9 +10,9 @@ import pyro
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sparse.infer.law import is_point_mass
-from pyro_sparse.infer.provenance import LabelDraws, Labels, Provenance
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.expansion.law import is_point_mass
+from pyro_sparse.infer.runs.provenance import LabelDraws, Labels, Provenance
+from pyro_sparse.infer.runs.undisturbed import undisturbed
 
 Subsamples = Mapping[str, Tensor]
 _L = TypeVar("_L")

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_sparse.infer.law import is_point_mass, law
+from pyro_sparse.infer.expansion.law import is_point_mass, law
 
 Labels = frozenset[str]
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sparse.infer.dependencies import with_ancestors
+from pyro_sparse.infer.pyro_internals import Frame
+from pyro_sparse.infer.terms.dependencies import with_ancestors
 
-Frame = Any  # pyro.poutine.indep_messenger.CondIndepStackFrame
 
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Term:
     """
     A summand of the ELBO.

@@ -11,36 +11,8 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
-from pyro_sparse.infer import layouts
-from pyro_sparse.infer.costs import Frame, Term
-from pyro_sparse.infer.estimator_messenger import PlatesUnknownError
-from pyro_sparse.infer.messenger import SparseEnumMessenger
-
-
-class ModelEnumMessenger(SparseEnumMessenger):
-    """
-    In a model: enumerates the marked sites that the guide lacks, in dims to the left of the guide's slots.
-
-    Args:
-        nesting: how many dims plates have.
-        guide_sites: the guide's, which take its values.
-
-    Raises:
-        PlatesUnknownError: at a marked site, where ``nesting`` is not known yet.
-    """
-
-    owner = "EstimatorELBO"
-
-    def __init__(self, nesting: float, guide_sites: Collection[str]) -> None:
-        self.knows_plates = nesting != float("inf")
-        super().__init__(layouts.padded, int(nesting) if self.knows_plates else 0, guide_sites=guide_sites)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in (self.guide_sites or ()):
-            msg["infer"] = {**msg["infer"], "enumerate": None}
-        elif not self.knows_plates and not msg["is_observed"] and msg["infer"].get("enumerate") == "parallel":
-            raise PlatesUnknownError
-        super()._pyro_sample(msg)
+from pyro_sparse.infer.pyro_internals import Frame
+from pyro_sparse.infer.terms.costs import Term
 
 
 def enumerated_in_model(model_trace: Any, guide_trace: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparse.estimators import Exact, LeaveOneOut, ScoreFunction
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO
-from pyro_sparse.infer.provenance import Provenance
+from pyro_sparse.infer.runs.provenance import Provenance
 from pyro_sparse.testing.outcomes import outcomes
 
 Z = frozenset({"z"})

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_sparse.distributions import GumbelSoftmaxST, HardConcrete, RectifiedNormal
 from pyro_sparse.estimators import Exact, MovingAverage, StraightThrough
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO
-from pyro_sparse.infer.divergences import NoClosedFormError, divergence
+from pyro_sparse.infer.terms.divergences import NoClosedFormError, divergence
 
 MASK = torch.tensor([True, False])
 LOGITS = torch.tensor([0.3, -1.2])

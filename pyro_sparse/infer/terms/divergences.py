@@ -31,7 +31,7 @@ from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 from pyro_sparse.distributions.discrete.kl import kl_bits, kl_categorical
 from pyro_sparse.distributions.mixed.base import MixedBase, UnknownDivergence
 from pyro_sparse.estimators.base import element
-from pyro_sparse.infer.law import is_point_mass, law
+from pyro_sparse.infer.expansion.law import is_point_mass, law
 
 _ON_AN_INTERVAL = (ContinuousBernoulli, Uniform)
 

@@ -16,10 +16,10 @@ from pyro.poutine.messenger import Messenger
 
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.estimators.base import element
-from pyro_sparse.infer.law import law
-from pyro_sparse.infer.relaxed import not_relaxed
-from pyro_sparse.infer.together import compare
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.expansion.law import law
+from pyro_sparse.infer.refusals import not_relaxed
+from pyro_sparse.infer.runs.together import compare
+from pyro_sparse.infer.runs.undisturbed import undisturbed
 
 _OURS = ("pyro_sparse.infer.", "pyro_sparse.estimators.")
 _DRAWS = (5, 2)  # two numbers, since either may happen to be the size of a plate

@@ -7,11 +7,11 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_sparse.estimators import VIMCO, Site
-from pyro_sparse.infer.costs import subsampling_scale, sum_to
-from pyro_sparse.infer.dependencies import without_draws
-from pyro_sparse.infer.estimator_messenger import PARTICLES
-from pyro_sparse.infer.law import is_point_mass
-from pyro_sparse.infer.program import Run
+from pyro_sparse.infer.expansion.estimator_messenger import PARTICLES
+from pyro_sparse.infer.expansion.law import is_point_mass
+from pyro_sparse.infer.terms.costs import subsampling_scale, sum_to
+from pyro_sparse.infer.terms.dependencies import without_draws
+from pyro_sparse.infer.terms.scores import Run
 
 
 def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor,
     data = frozenset(frame for frame in frames if frame.name != PARTICLES)
     for term in terms:
         inside = [frame.name for frame in term.frames - frames]
-        if not data and inside and term.name in run.guide_trace.nodes:
+        if not data and inside and term.name in run.traces.guide.nodes:
             outside = sorted({other.name for other in terms if not other.frames & (term.frames - frames)})
             raise ValueError(
                 f"EstimatorELBO, site '{term.name}': expected for VIMCO one data plate around all sites that depend on "
@@ -61,9 +61,11 @@ def importance_bound(vimco: VIMCO, run: Run, particle_dim: int) -> tuple[Tensor,
 
 def _common(run: Run) -> frozenset[str]:
     """Names of terms that lie outside of a plate around all latent sites, and depend on no draw."""
-    nodes = run.guide_trace.nodes
-    drawn = {name for name in run.guide_trace.stochastic_nodes if not is_point_mass(nodes[name]["fn"])}
+    nodes = run.traces.guide.nodes
+    drawn = {name for name in run.traces.guide.stochastic_nodes if not is_point_mass(nodes[name]["fn"])}
     inside = [term.frames for term in run.costs.terms if term.name in drawn]
     terms = [term for term in run.costs.terms if not term.collapsed]
     outside = {term.name for term in terms if inside and frozenset.intersection(*inside) - term.frames}
-    return without_draws(run.program, run.guide_trace, run.subsamples, outside) if outside else frozenset()
+    return (
+        without_draws(run.traces.program, run.traces.guide, run.traces.subsamples, outside) if outside else frozenset()
+    )

@@ -1,0 +1,1 @@
+"""Which values a site is given, in which dims, with which weights."""
