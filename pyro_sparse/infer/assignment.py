@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from pyro_sparse.estimators import Baseline, Estimator, Exact, ScoreFunction
 from pyro_sparse.infer.pyro_baseline import PyroBaseline
+from pyro_sparse.infer.pyro_internals import stored
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 
 Given = Estimator | Baseline | None
@@ -235,7 +236,7 @@ class Assignment(nn.Module):
                 if parameter.requires_grad:  # the store would train frozen ones
                     parameters[f"{PARAM_PREFIX}${_name(key)}${name}"] = parameter
         for name, parameter in parameters.items():
-            held = store._params.get(name)
+            held = stored(name)
             if held is not None and held is not parameter and not torch.equal(held, parameter):
                 raise ValueError(
                     f"EstimatorELBO: expected parameter '{name}' in the param store to be this ELBO's, got another "
@@ -243,7 +244,7 @@ class Assignment(nn.Module):
                     "elbo.load_state_dict(...) from the same step as the param store."
                 )
         for name, parameter in parameters.items():
-            if store._params.get(name) is not parameter:
+            if stored(name) is not parameter:
                 store[name] = parameter  # after a load the store has an equal copy of its own
             pyro.param(name, parameter)
 

@@ -22,11 +22,12 @@ from pyro_sparse.estimators import VIMCO, Estimator
 from pyro_sparse.infer.assignment import Assignment, names_in
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.expansion.estimator_messenger import PARTICLES
+from pyro_sparse.infer.pyro_internals import no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, explained, require_row_by_row
 from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
-from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, no_new_parameters, undisturbed
+from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.bound import importance_bound
 from pyro_sparse.infer.terms.reading import Reader
 from pyro_sparse.infer.terms.scores import Run, ScoreSite

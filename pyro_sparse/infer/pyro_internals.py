@@ -1,10 +1,109 @@
 """
-Names of Pyro and torch that are not public, each with what it is for: the first place to look after an upgrade.
+What is not public in Pyro and torch and is needed here, one name each: what for, what would break without it, and
+which public way would replace it. The first place to look after an upgrade.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-#: pyro.poutine.indep_messenger.CondIndepStackFrame: a plate around a site, with the dim that it took
+import pyro
+from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal, _get_common_scale
+from pyro.infer.util import Dice
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor, nn
+from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
+
+#: ``pyro.poutine.indep_messenger.CondIndepStackFrame``: a plate around a site, with the dim that it took. Its module is
+#: not documented; the frames that a trace holds are.
 Frame = Any
+
+#: Modules that mix rows, or draw, in training only: their bases have no public name, and naming every subclass would
+#: miss the next one.
+TRAINING_ONLY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def is_subsample(fn: Any) -> bool:
+    """
+    Whether a message is a plate's, which draws the indices. ``pyro.poutine.util.site_is_subsample`` asks a site of a
+    trace by the type's name; a message that is not yet done has this distribution only.
+    """
+    return isinstance(fn, _Subsample)
+
+
+# The sum of TraceEnum_ELBO has no public form that takes traces; without it SparseEnumELBO would be a copy of it.
+
+
+def dice_elbo(model_trace: Any, guide_trace: Any) -> Any:
+    """The ELBO of two packed traces, zero without terms, whose derivative is that of its expectation."""
+    return _compute_dice_elbo(model_trace, guide_trace)
+
+
+def dice_expectation(name: str, model_trace: Any, guide_trace: Any) -> Any:
+    """The expectation of one model site's log-probability, by the same weights."""
+    ordering = {
+        site: _find_ordinal(trace, trace.nodes[site])
+        for trace in (model_trace, guide_trace)
+        for site in [*trace.stochastic_nodes, *trace.observation_nodes]
+    }
+    cost = {ordering[name]: [model_trace.nodes[name]["packed"]["log_prob"]]}
+    return Dice(guide_trace, ordering).compute_expectation(cost)
+
+
+def check_local_sampling(model_trace: Any, guide_trace: Any) -> None:
+    """Pyro's own refusal of ``num_samples`` where its sum would be wrong."""
+    _check_tmc_elbo_constraint(model_trace, guide_trace)
+
+
+def common_scale(scales: list[Any]) -> Any:
+    """The scale of factors that are summed out together; raises as ``TraceEnum_ELBO`` does where they differ."""
+    return _get_common_scale(scales)
+
+
+# The param store. Its public mapping gives constrained values, and makes a new one at each read.
+
+
+def stored(name: str) -> Tensor | None:
+    """The unconstrained parameter of this name itself."""
+    parameter: Tensor | None = pyro.get_param_store()._params.get(name)
+    return parameter
+
+
+@contextmanager
+def no_new_parameters() -> Iterator[None]:
+    """
+    On leaving, the param store holds what it held: a parameter that the run made is made again, by the random numbers
+    that its first value draws. One tensor may have several names in it, which ``get_state`` and ``set_state`` part.
+    """
+    store: Any = pyro.get_param_store()
+    before = dict(store._params), dict(store._param_to_name), dict(store._constraints)
+    try:
+        yield
+    finally:
+        store._params, store._param_to_name, store._constraints = before
+
+
+def is_that_of_the_bases(p: Any, q: Any) -> bool:
+    """
+    Whether torch's divergence is that of what two distributions transform, which holds for one-to-one maps without
+    parameters only. There is no public way to ask which formula serves a pair.
+    """
+    return _dispatch_kl(type(p), type(q)) is _kl_transformed_transformed
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has been in use: its modules warn of hooks. Importing it to ask would take seconds."""
+    return "torch._dynamo.eval_frame" in sys.modules
+
+
+def buffers_kept() -> AbstractContextManager[None]:
+    """
+    Networks compiled meanwhile can be differentiated more than once: else torch gives away what a second backward
+    would need, and raises. Of older versions of torch all can.
+    """
+    config: Any = importlib.import_module("torch._functorch.config")  # which torch imports when it first compiles
+    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.enum import get_importance_trace
-from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal
-from pyro.infer.util import Dice, is_validation_enabled, torch_item
+from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
 from pyro.util import check_traceenum_requirements, warn_if_nan
 from torch import Tensor
@@ -28,6 +26,7 @@ from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
 from pyro_sparse.infer.expansion.messengers import SparseEnumMessenger
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.expansion.work import slot_ratios
+from pyro_sparse.infer.pyro_internals import buffers_kept, check_local_sampling, dice_elbo, dice_expectation
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.undisturbed import rewind, undisturbed
@@ -183,7 +182,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         model_trace, guide_trace = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
         if is_validation_enabled():
             check_traceenum_requirements(model_trace, guide_trace)
-            _check_tmc_elbo_constraint(model_trace, guide_trace)
+            check_local_sampling(model_trace, guide_trace)
         guide_trace.pack_tensors()
         model_trace.pack_tensors(guide_trace.plate_to_symbol)
         return model_trace, guide_trace
@@ -229,7 +228,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         """The loss; adds the gradient to ``.grad``."""
         total, last = 0.0, None
         several = self.num_particles > 1 and not self.vectorize_particles
-        with _buffers_kept() if several else nullcontext():
+        with buffers_kept() if several else nullcontext():
             for elbo, trainable in self._elbos(model, guide, args, kwargs):
                 if last is not None:
                     last.backward(retain_graph=True)  # what was computed outside may be shared with what follows
@@ -246,7 +245,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _elbos(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, bool]]:
         """The ELBO of each trace, where it has terms, and whether there are parameters."""
         for traces in self._get_traces(model, guide, args, kwargs):
-            elbo = _compute_dice_elbo(*traces)
+            elbo = dice_elbo(*traces)
             if not is_identically_zero(elbo):
                 yield elbo, any(node["type"] == "param" for trace in traces for node in trace.nodes.values())
 
@@ -265,12 +264,6 @@ class SparseEnumELBO(TraceEnum_ELBO):
         return quiet
 
 
-def _buffers_kept() -> AbstractContextManager[None]:
-    """Networks compiled meanwhile can be differentiated more than once; of older versions of torch all can."""
-    config: Any = importlib.import_module("torch._functorch.config")  # which torch imports when it first compiles
-    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
-
-
 class _DensePriors(Messenger):
     """Puts the stock distribution with the same probabilities at each unobserved site with a sparse support."""
 
@@ -284,14 +277,8 @@ def _refuse_zero_prior(sites: Iterable[str], model_trace: poutine.Trace, guide_t
     suspects = [n for n in sites if n in model_trace.nodes and model_trace.nodes[n]["log_prob_sum"] == -math.inf]
     for name in suspects:
         with torch.no_grad():
-            # The expectation of this site's term alone, by the weights that Pyro gives to the whole ELBO.
-            ordering = {
-                name: _find_ordinal(trace, trace.nodes[name])
-                for trace in (model_trace, guide_trace)
-                for name in [*trace.stochastic_nodes, *trace.observation_nodes]
-            }
-            cost = {ordering[name]: [model_trace.nodes[name]["packed"]["log_prob"]]}
-            if Dice(guide_trace, ordering).compute_expectation(cost) == -math.inf:
+            # Of this site's term alone, by the weights that Pyro gives to the whole ELBO.
+            if dice_expectation(name, model_trace, guide_trace) == -math.inf:
                 raise ValueError(
                     f"SparseEnumELBO, site '{name}': expected a prior that is positive wherever the guide is, got "
                     "prior probability zero for an outcome in the guide's support: the ELBO is -inf. Give the prior "

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pyro.distributions import ExpandedDistribution
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -17,7 +16,7 @@ from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.law import law, padded_law
 from pyro_sparse.infer.expansion.messengers import PlatesUnknownError, SparseEnumMessenger
 from pyro_sparse.infer.expansion.views import with_linear_log_prob, with_values
-from pyro_sparse.infer.pyro_internals import Frame
+from pyro_sparse.infer.pyro_internals import Frame, is_subsample
 
 PARTICLES = "num_particles_vectorized"  # the plate that pyro.infer.ELBO puts around vectorised particles
 
@@ -69,7 +68,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
 
     def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], _Subsample):
+        if is_subsample(msg["fn"]):
             if msg["value"] is None:
                 msg["value"] = self.fixed.get(msg["name"])
             return

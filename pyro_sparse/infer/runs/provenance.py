@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_sparse.infer.expansion.law import is_point_mass, law
+from pyro_sparse.infer.pyro_internals import is_subsample
 
 Labels = frozenset[str]
 
@@ -192,7 +192,7 @@ class LabelDraws(Messenger):
         self.own_draws = own_draws
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or isinstance(msg["fn"], _Subsample) or is_point_mass(msg["fn"]):
+        if msg["is_observed"] or is_subsample(msg["fn"]) or is_point_mass(msg["fn"]):
             return
         if self.own_draws:
             self.provenance.mark(msg["value"], _NONE)

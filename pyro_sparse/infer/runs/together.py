@@ -12,13 +12,12 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_sparse.infer.pyro_internals import TRAINING_ONLY
 from pyro_sparse.infer.runs.ordinary import nesting_of, run_once, sites_of
 from pyro_sparse.infer.runs.provenance import OWN, LabelDraws, Provenance
 from pyro_sparse.infer.runs.undisturbed import before_every_forward, random_state_of_python, undisturbed
 
 DRAWS = 3
-# Modules that mix rows, or draw, in training only: not what a program is asked for when its rows are compared.
-_TRAINING_ONLY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _evaluated() -> Iterator[None]:
 
     def before_forward(module: nn.Module, args: Any) -> None:
         for part in module.modules():
-            if isinstance(part, _TRAINING_ONLY) and part.training:
+            if isinstance(part, TRAINING_ONLY) and part.training:
                 part.training = False
                 found.append(part)
 

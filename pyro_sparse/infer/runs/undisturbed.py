@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,8 @@ from typing import Any
 import pyro
 import torch
 from torch import nn
+
+from pyro_sparse.infer.pyro_internals import has_compiled
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def buffers_as_they_were() -> Iterator[None]:
 def before_every_forward(act: Callable[[nn.Module, Any], None]) -> Iterator[None]:
     """Calls ``act`` before each call of a module."""
     with ExitStack() as stack:
-        if "torch._dynamo.eval_frame" in sys.modules:  # a compiled module warns that it calls a hook twice
+        if has_compiled():  # a compiled module warns that it calls a hook twice
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings(
                 "ignore", r"Using `torch\.compile\(module\)` when there are global hooks", UserWarning
@@ -63,20 +64,6 @@ def before_every_forward(act: Callable[[nn.Module, Any], None]) -> Iterator[None
             yield
         finally:
             hook.remove()
-
-
-@contextmanager
-def no_new_parameters() -> Iterator[None]:
-    """
-    On leaving, the param store holds what it held: a parameter that the run made is made again, by the random numbers
-    that its first value draws. One tensor may have several names in it.
-    """
-    store: Any = pyro.get_param_store()
-    before = dict(store._params), dict(store._param_to_name), dict(store._constraints)
-    try:
-        yield
-    finally:
-        store._params, store._param_to_name, store._constraints = before
 
 
 def rewind() -> Callable[[], None]:

@@ -6,12 +6,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
-from pyro_sparse.infer.pyro_internals import Frame
+from pyro_sparse.infer.pyro_internals import Frame, common_scale
 from pyro_sparse.infer.terms.costs import Term
 
 
@@ -58,7 +57,7 @@ def collapsed_terms(model_trace: Any, guide_trace: Any) -> tuple[list[Term], fro
         gone.add(name)
     if not scales:  # each has a single outcome
         return [], frozenset()
-    scale = _get_common_scale(scales)
+    scale = common_scale(scales)
     dims = {**guide_trace.symbol_to_dim, **{symbol: frame.dim for symbol, frame in frames.items()}}
     terms = []
     for ordinal, results in contract_tensor_tree(factors, symbols).items():

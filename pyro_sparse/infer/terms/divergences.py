@@ -25,13 +25,11 @@ from torch.distributions import (
     kl_divergence,
 )
 
-# Private: there is no public way to ask which formula serves a pair.
-from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
-
 from pyro_sparse.distributions.discrete.kl import kl_bits, kl_categorical
 from pyro_sparse.distributions.mixed.base import MixedBase, UnknownDivergence
 from pyro_sparse.estimators.base import element
 from pyro_sparse.infer.expansion.law import is_point_mass, law
+from pyro_sparse.infer.pyro_internals import is_that_of_the_bases
 
 _ON_AN_INTERVAL = (ContinuousBernoulli, Uniform)
 
@@ -135,7 +133,7 @@ def _refuse_wrong_ones(p: Any, q: Any) -> None:
     """Pairs of which torch's divergence is not, or not always, that of the distributions."""
     if {ContinuousBernoulli, Uniform} == {kind for d in (p, q) for kind in _ON_AN_INTERVAL if isinstance(d, kind)}:
         raise NoClosedFormError("torch's divergence between these is infinite")
-    if _dispatch_kl(type(p), type(q)) is _kl_transformed_transformed:  # that of what they transform
+    if is_that_of_the_bases(p, q):  # that of what they transform
         for transform in [*p.transforms, *q.transforms]:
             if not transform.bijective:
                 raise NoClosedFormError("a transform that is not one to one")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pyro_sparse.estimators import Exact, LeaveOneOut, MovingAverage, SampleBaseline, ScoreFunction, SelfCritic
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
 from pyro_sparse.infer.expansion.estimator_messenger import mode
-from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, no_new_parameters
+from pyro_sparse.infer.pyro_internals import no_new_parameters
+from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were
 
 X = torch.tensor([[0.3, -1.0], [1.0, 0.2], [-0.4, 0.1]], dtype=torch.float64)
 
