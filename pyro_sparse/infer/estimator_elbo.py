@@ -22,7 +22,7 @@ from pyro_sparse.infer.assignment import Assignment, names_in
 from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.estimator_messenger import PARTICLES
-from pyro_sparse.infer.explanations import Alone, explained, require_row_by_row
+from pyro_sparse.infer.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.relaxed import smooth_sites
@@ -231,7 +231,7 @@ class EstimatorELBO(ELBO, nn.Module):
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
         if is_validation_enabled() and not self._compared:
-            require_row_by_row(alone, estimators)
+            require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
 
     def _prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:

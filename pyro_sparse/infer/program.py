@@ -23,7 +23,7 @@ from pyro_sparse.infer.costs import Costs, Frame, SlotDim, subsampling_scale, su
 from pyro_sparse.infer.dependencies import is_used, priors_that_see_their_draws
 from pyro_sparse.infer.divergences import closed_form_divergences, same_order
 from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, PlatesUnknownError, data_plates
-from pyro_sparse.infer.explanations import Alone, explained
+from pyro_sparse.infer.explanations import Alone, Several, explained
 from pyro_sparse.infer.factors import sites_of_own_draws
 from pyro_sparse.infer.law import law
 from pyro_sparse.infer.masked_rows import mask_within
@@ -239,8 +239,9 @@ class Program:
     def _explained(self, tracer: Any, messenger: EstimatorMessenger) -> AbstractContextManager[None]:
         """Around runs of guide and model."""
 
-        def several() -> Mapping[str, Estimator | None] | None:
-            return messenger.estimators if messenger.num_laid_out or self.model is not self.alone.model else None
+        def several() -> Several | None:
+            particles = self.model is not self.alone.model
+            return Several.of(messenger.estimators, particles) if messenger.num_laid_out or particles else None
 
         return explained(self.alone, several, lambda: smooth_sites(tracer.msngr.trace, messenger.estimators))
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
+from pyro_sparse.infer.explanations import Alone, Several, explained
 from pyro_sparse.infer.factors import as_costs
 from pyro_sparse.infer.masked_rows import MaskedRowsMessenger, reaching_unmasked
 from pyro_sparse.infer.messenger import SparseEnumMessenger
@@ -102,30 +103,33 @@ class SparseEnumELBO(TraceEnum_ELBO):
         refuse_guide_messenger("SparseEnumELBO", guide)
         if self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
+        alone = Alone(model, guide, args, kwargs, "SparseEnumELBO")
         guide = as_costs(guide, args, kwargs)
         if self.vectorize_particles:
             guide, model = self._vectorized_num_particles(guide), self._vectorized_num_particles(model)
-        layout = self._layout(model, guide, args, kwargs)
+        layout = self._layout(model, guide, alone)
         self._record = record = StepRecord()
         for _ in range(1 if self.vectorize_particles else self.num_particles):
-            yield from self._enumerate(layout, record, model, guide, args, kwargs)
+            yield from self._enumerate(layout, record, model, guide, alone)
         if self._uncounted:
-            self._ratios.update(self._count_work(model, guide, args, kwargs))
+            self._ratios.update(self._count_work(model, guide, alone))
 
-    def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> layouts.Layout:
+    def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], alone: Alone) -> layouts.Layout:
         if self.mode != "auto":
             return layouts.padded if self.mode == "padded" else layouts.union
         if not self._ratios:
-            self._ratios = self._count_work(model, guide, args, kwargs)
+            self._ratios = self._count_work(model, guide, alone)
         self._uncounted.clear()
         return layouts.cheapest(self._ratios, int(self.max_plate_nesting), self._uncounted)
 
-    def _count_work(self, model: Any, guide: Any, args: Any, kwargs: Any) -> dict[layouts.Size, float]:
+    def _count_work(self, model: Any, guide: Any, alone: Alone) -> dict[layouts.Size, float]:
         nesting = int(self.max_plate_nesting)
 
         def run(layout: layouts.Layout) -> dict[str, layouts.Size]:
             guide_enum, model_enum = self._messengers(layout)
-            get_importance_trace("flat", self.max_plate_nesting, model_enum(model), guide_enum(guide), args, kwargs)
+            program = model_enum(model), guide_enum(guide), alone.args, alone.kwargs
+            with self._explained(alone, guide_enum, model_enum):
+                get_importance_trace("flat", self.max_plate_nesting, *program)
             sites = {**guide_enum.sites, **model_enum.sites}
             return {
                 name: layouts.size(name, site.support_size.shape, site.num_outcomes, nesting)
@@ -144,13 +148,21 @@ class SparseEnumELBO(TraceEnum_ELBO):
         model_enum = SparseEnumMessenger(layout, nesting, max_support=self.max_support, guide_sites=guide_enum.visited)
         return guide_enum, model_enum
 
+    def _several(self, *messengers: SparseEnumMessenger) -> Several | None:
+        names = [name for messenger in messengers for name in messenger.laid_out]
+        particles = self.vectorize_particles and self.num_particles > 1
+        return Several(dict.fromkeys(names, ""), names, particles) if names or particles else None
+
+    def _explained(self, alone: Alone, *messengers: SparseEnumMessenger) -> AbstractContextManager[None]:
+        return explained(alone, lambda: self._several(*messengers))
+
     def _enumerate(
-        self, layout: layouts.Layout, record: StepRecord, model: Any, guide: Any, args: Any, kwargs: Any
+        self, layout: layouts.Layout, record: StepRecord, model: Any, guide: Any, alone: Alone
     ) -> Iterator[Any]:
         """The traces of one particle: one, or one for each outcome of the sites enumerated sequentially."""
         guide_enum, model_enum = self._messengers(layout)
         again = rewind()
-        pairs = self._traces(guide_enum, model_enum, model, guide, args, kwargs)
+        pairs = self._traces(guide_enum, model_enum, model, guide, alone)
         first = next(pairs)
         if guide_enum.narrowed:  # what the terms depend on is known once they are there
             traces = [first, *pairs]
@@ -158,7 +170,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
             if seen:
                 self._whole |= seen
                 again()  # what was drawn is drawn once
-                yield from self._enumerate(layout, record, model, guide, args, kwargs)
+                yield from self._enumerate(layout, record, model, guide, alone)
                 return
             pairs, first = iter(traces[1:]), traces[0]
         for model_trace, guide_trace in itertools.chain([first], pairs):
@@ -171,14 +183,16 @@ class SparseEnumELBO(TraceEnum_ELBO):
             yield model_trace, guide_trace
 
     def _traces(
-        self, guide_enum: Messenger, model_enum: Messenger, model: Any, guide: Any, args: Any, kwargs: Any
+        self, guide_enum: SparseEnumMessenger, model_enum: SparseEnumMessenger, model: Any, guide: Any, alone: Alone
     ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
         q: queue.LifoQueue[Any] = queue.LifoQueue()
         q.put(poutine.Trace())
         guide = poutine.queue(guide_enum(guide), q, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend)
         model = model_enum(model)
         while not q.empty():
-            yield self._get_trace(model, guide, args, kwargs)
+            with self._explained(alone, guide_enum, model_enum):
+                traces = self._get_trace(model, guide, alone.args, alone.kwargs)
+            yield traces
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         model_trace, guide_trace = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)

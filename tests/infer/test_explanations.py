@@ -11,8 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse.estimators import REBAR, VIMCO, Estimator, Exact, LeaveOneOut, RaoBlackwell, StraightThrough
-from pyro_sparse.infer import EstimatorELBO
+from pyro_sparse.distributions import SparseCategorical
+from pyro_sparse.estimators import (
+    REBAR,
+    VIMCO,
+    DisARM,
+    DoubleControlVariate,
+    Estimator,
+    Exact,
+    LeaveOneOut,
+    LocalExpectation,
+    MuProp,
+    RaoBlackwell,
+    StraightThrough,
+)
+from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
 
 B, C = 4, 3
 X = torch.tensor([0, 2, 1, 1])
@@ -162,3 +175,104 @@ def test_relaxed_values_are_told_from_several() -> None:
         EstimatorELBO(REBAR()).loss_and_grads(model, guide)
     pyro.clear_param_store()
     assert EstimatorELBO(RaoBlackwell()).loss_and_grads(model, guide) > 0
+
+
+# Sites that each carry a dim of their own
+
+
+def two(combine: Callable[..., Tensor], family: Any = lambda s: dist.Bernoulli(logits=s)) -> tuple[Any, Any]:
+    """Two discrete sites and one that is reparameterised."""
+
+    def model() -> None:
+        with pyro.plate("N", B):
+            a, b = (pyro.sample(name, family(torch.zeros(B))) for name in "ab")
+            c = pyro.sample("c", dist.Normal(torch.zeros(B), 1.0))
+            pyro.sample("x", dist.Normal(combine(a, b, c), 1.0), obs=X.double())
+
+    def guide() -> None:
+        s = pyro.param("s", torch.tensor([[0.3], [-0.8]]).double() * torch.ones(B))
+        with pyro.plate("N", B):
+            for name, own in zip("ab", s, strict=True):
+                pyro.sample(name, family(own))
+            pyro.sample("c", dist.Delta(torch.full((B,), 0.1)))
+
+    return model, guide
+
+
+def sparse(s: Tensor) -> SparseCategorical:
+    return SparseCategorical(torch.stack([torch.zeros_like(s), s], -1))
+
+
+def stacked(*values: Tensor) -> Tensor:
+    return (torch.stack([v.double() for v in values], -1) * torch.tensor([1.0, -2.0, 3.0][: len(values)])).sum(-1)
+
+
+APART: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "stack": (lambda a, b, c: stacked(a, b), "a, b"),
+    "cat": (lambda a, b, c: torch.cat([a.double()[..., None], b.double()[..., None]], -1).sum(-1) + c, "a, b"),
+    "with a continuous one": (lambda a, b, c: stacked(b, c) + a, "b, c"),
+    "all": (lambda a, b, c: stacked(a, b, c), "a, b, c"),
+}
+IN_ONE_DIM = [Exact(), DisARM(), RaoBlackwell(), LocalExpectation(), REBAR(), MuProp(), DoubleControlVariate(2)]
+
+
+@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("elbo", [*IN_ONE_DIM, None], ids=lambda e: type(e).__name__)
+def test_values_that_are_combined_without_broadcasting(elbo: Estimator | None, name: str) -> None:
+    combine, sites = APART[name]
+    loss = SparseEnumELBO() if elbo is None else EstimatorELBO({"a": elbo, "b": elbo})
+    first, second = sites.split(", ")[:2]
+    given = "" if elbo is None else rf" \({type(elbo).__name__}\)"
+    match = rf"site '{first}'{given} and '{second}'.*a dim.* on the left.*\(torch.broadcast_tensors\({sites}\)\)"
+    with pytest.raises(ValueError, match=match) as info:
+        loss.loss_and_grads(*two(combine, sparse if elbo is None else two.__defaults__[0]))  # type: ignore[index]
+    assert isinstance(info.value.__cause__, RuntimeError) and "one-hot" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_the_fix_that_is_named(name: str) -> None:
+    """Broadcast, the same program has the loss of the one that adds up what it would stack."""
+    combine, _ = APART[name]
+
+    def broadcast(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return combine(*torch.broadcast_tensors(a, b, c))
+
+    loss = EstimatorELBO(Exact()).loss(*two(broadcast))
+    assert loss == pytest.approx(SparseEnumELBO(max_plate_nesting=1).loss(*two(broadcast, with_same_probabilities)))
+
+
+def with_same_probabilities(s: Tensor) -> SparseCategorical:
+    return SparseCategorical(probs=torch.stack([torch.sigmoid(-s), torch.sigmoid(s)], -1))
+
+
+ENUMERATED: list[dict[str, Any]] = [{}, {"mode": "auto"}, {"num_particles": 3, "vectorize_particles": True}]
+
+
+@pytest.mark.parametrize("options", ENUMERATED, ids=str)
+@pytest.mark.parametrize("name", ON_ONE_ONLY)
+def test_a_program_for_one_value_at_a_time_under_enumeration(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"SparseEnumELBO, site 'z': .*on a single one at a time.*vectorized=False"):
+        SparseEnumELBO(**options).loss_and_grads(*enumerable(ON_ONE_ONLY[name]()))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_users_own_mistake_under_enumeration(name: str) -> None:
+    decode, kind = OWN[name]
+    with pytest.raises(kind) as info:
+        SparseEnumELBO(max_plate_nesting=1).loss_and_grads(*enumerable(decode))
+    assert "SparseEnumELBO" not in str(info.value)
+
+
+def enumerable(decode: Decoder) -> tuple[Any, Any]:
+    """:func:`program` with sparse sites."""
+
+    def model() -> None:
+        with pyro.plate("N", B):
+            z = pyro.sample("z", sparse(torch.zeros(B))).to(table().dtype)
+            pyro.sample("x", dist.Categorical(probs=decode(z)), obs=X)
+
+    def guide() -> None:
+        with pyro.plate("N", B):
+            pyro.sample("z", sparse(pyro.param("logits", torch.zeros(B))))
+
+    return model, guide
