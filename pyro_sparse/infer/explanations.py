@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
 
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.estimators.base import element
 from pyro_sparse.infer.law import law
 from pyro_sparse.infer.relaxed import not_relaxed
-from pyro_sparse.infer.together import compare, to_broadcast
-from pyro_sparse.infer.undisturbed import undisturbed
+from pyro_sparse.infer.together import compare, run_once, to_broadcast
+from pyro_sparse.infer.undisturbed import before_every_forward, undisturbed
 
 _OURS = ("pyro_sparse.infer.", "pyro_sparse.estimators.")
 _DRAWS = (5, 2)  # two numbers, since either may happen to be the size of a plate
@@ -80,6 +81,33 @@ class Alone:
         except Exception:  # on a single value, too
             return None
 
+    def one_batch_dim(self, failure: Exception) -> tuple[str, int] | None:
+        """
+        The outermost module that it came from and that runs once all leading dims of its input are made one, as there
+        are on single values; and how many dims lie to the right of that.
+        """
+        single: dict[nn.Module, int] = {}
+
+        def before_forward(module: nn.Module, args: Any) -> None:
+            if args and isinstance(args[0], Tensor):
+                single[module] = args[0].dim()
+
+        with undisturbed(), poutine.block():
+            try:
+                with before_every_forward(before_forward):
+                    run_once(*self._program)
+            except Exception:  # on other draws
+                return None
+            for module, args in _calls(failure):
+                right = single.get(module, 0) - 1
+                if right > 0 and isinstance(args[0], Tensor) and args[0].dim() > right + 1:
+                    try:
+                        module(args[0].flatten(0, -right - 1), *args[1:])
+                    except Exception:  # it is not the leading dims
+                        continue
+                    return type(module).__name__, right
+        return None
+
     def to_broadcast(self, several: Several) -> list[str]:
         """The sites whose values it combines without broadcasting them, if it runs once they are."""
         try:
@@ -137,7 +165,7 @@ def explained(
             if apart := alone.to_broadcast(found):
                 raise _not_broadcast(alone.owner, found, apart, first_line) from error
             if (failure := alone.failure_together(found)) is not None:
-                raise _one_at_a_time(alone.owner, found, failure, first_line) from error
+                raise _one_at_a_time(alone, found, failure, first_line) from error
         if (sites := smooth()) and (
             (_between(sites) and alone.runs_on_outcomes(sites, False)) or alone.runs_on_outcomes(sites, True)
         ):
@@ -167,10 +195,26 @@ def _not_broadcast(owner: str, several: Several, sites: Sequence[str], first_lin
     )
 
 
-def _one_at_a_time(owner: str, several: Several, failure: Exception, first_line: str) -> ValueError:
+def _calls(error: Exception) -> Iterator[tuple[nn.Module, tuple[Any, ...]]]:
+    """The modules that were being called when it was raised, with their arguments, outermost first."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is nn.Module._call_impl.__code__:
+            yield traceback.tb_frame.f_locals["self"], traceback.tb_frame.f_locals["args"]
+        traceback = traceback.tb_next
+
+
+def _one_at_a_time(alone: Alone, several: Several, failure: Exception, first_line: str) -> ValueError:
+    fix = _FIX
+    if (found := alone.one_batch_dim(failure)) is not None:
+        name, event_dim = found
+        fix = (
+            f"Call {name}, which takes one batch dim, as over_leading_dims(network, h, event_dim={event_dim}) does: "
+            "three lines, in the README under 'Shapes'; or "
+        )
     return ValueError(
-        f"{owner}, {several}: expected a program that runs on several values at once, got one that "
-        f"runs on a single one at a time only ({first_line}). {_FIX}{_ONE_BY_ONE[owner]}."
+        f"{alone.owner}, {several}: expected a program that runs on several values at once, got one that "
+        f"runs on a single one at a time only ({first_line}). {fix}{_ONE_BY_ONE[alone.owner]}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -276,3 +277,68 @@ def enumerable(decode: Decoder) -> tuple[Any, Any]:
             pyro.sample("z", sparse(pyro.param("logits", torch.zeros(B))))
 
     return model, guide
+
+
+# Modules that take one batch dim
+
+
+def over_leading_dims(network: Callable[[Tensor], Tensor], h: Tensor, event_dim: int) -> Tensor:
+    leading = h.shape[:-event_dim]
+    out = network(h.reshape(-1, *h.shape[-event_dim:]))
+    return out.reshape(*leading, *out.shape[1:])
+
+
+class Sub(nn.Module):
+    """A user's own, of which the outermost that will do is to be named."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv1d(1, C, 2), nn.Flatten(), nn.Linear(C, C))
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.net(h.unsqueeze(-2))
+        return out
+
+
+def last(lstm: nn.LSTM) -> Decoder:
+    return lambda h: lstm(h)[0][..., -1, :]
+
+
+#: with the shape of an event, and what is called
+ONE_BATCH_DIM: dict[str, tuple[Callable[[], Any], tuple[int, ...], Callable[[Any], Decoder]]] = {
+    "Conv2d": (lambda: nn.Conv2d(1, C, 2), (1, 2, 2), lambda net: lambda h: net(h).flatten(-3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(2, C, 1), (2, 1), lambda net: lambda h: net(h).flatten(-2)),
+    "LSTM": (lambda: nn.LSTM(2, C, batch_first=True), (5, 2), last),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(C), (C,), lambda net: net),
+    "Sub": (Sub, (2,), lambda net: net),
+}
+
+
+@pytest.mark.parametrize("elbo", [Exact(), LeaveOneOut(5), None], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("name", ONE_BATCH_DIM)
+def test_modules_that_take_one_batch_dim(name: str, elbo: Estimator | None) -> None:
+    """They are named with the fix, and with that it runs."""
+    make, shape, call = ONE_BATCH_DIM[name]
+    net, event = make(), torch.linspace(-1.0, 1.0, 24)[: math.prod(shape)].reshape(shape)
+
+    def decode(z: Tensor, fixed: bool = False) -> Tensor:
+        h = (z + torch.arange(B))[(..., *(None,) * len(shape))] * event
+        return (over_leading_dims(call(net), h, len(shape)) if fixed else call(net)(h)).softmax(-1)
+
+    def loss(decode: Decoder) -> float:
+        made = SparseEnumELBO() if elbo is None else EstimatorELBO(elbo)
+        value: float = made.loss(*(enumerable if elbo is None else program)(decode))
+        return value
+
+    fix = rf"Call {name}, which .*over_leading_dims\(network, h, event_dim={len(shape)}\)"
+    with pytest.raises(ValueError, match=rf"site 'z'.*on a single one at a time.*{fix}"):
+        loss(decode)
+    assert loss(lambda z: decode(z, True)) > 0
+
+
+def test_modules_that_take_any_leading_dims_are_not_named() -> None:
+    net = nn.Linear(2, C)
+    model, guide = program(lambda z: net(torch.stack([z, 1 - z], -1).view(B, 2)).softmax(-1))
+    with pytest.raises(ValueError, match="on a single one at a time") as info:
+        EstimatorELBO(Exact()).loss(model, guide)
+    assert "over_leading_dims" not in str(info.value)
