@@ -25,12 +25,13 @@ from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer import layouts
-from pyro_sparse.infer.explanations import Alone, Several, explained
+from pyro_sparse.infer.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.factors import as_costs
 from pyro_sparse.infer.masked_rows import MaskedRowsMessenger, reaching_unmasked
 from pyro_sparse.infer.messenger import SparseEnumMessenger
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
+from pyro_sparse.infer.together import evaluated
 from pyro_sparse.infer.undisturbed import rewind, undisturbed
 from pyro_sparse.infer.work import slot_ratios
 
@@ -49,7 +50,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
     Every guide site with a sparse support is enumerated, with no decorator. ``infer={"enumerate_support": "dense"}``
     asks for all K outcomes at a site; other sites behave as under ``TraceEnum_ELBO``. Model sites that the guide
     lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be. Masked rows of a
-    guide site take one outcome, unless a term that is not masked depends on them.
+    guide site take one outcome, unless a term that is not masked depends on them. Under Pyro's validation the first run
+    on several outcomes at once is compared with runs on each.
 
     **Bias:** none, in value and gradient. **Extra model evaluations:** none (``mode="auto"``: 1 + 2 per sparse site
     before the first step). **Needs from the guide:** a distribution with a sparse support, in a plate and not under
@@ -88,6 +90,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
         self._whole: set[str] = set()  # sites whose masked rows matter
         self._record: StepRecord | None = None
+        self._compared = False  # whether the program was the same on several values at once as on each alone
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
     @property
@@ -136,7 +139,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
                 for name, site in sites.items()
             }
 
-        with undisturbed(), poutine.block():
+        with undisturbed(), poutine.block(), evaluated():  # a normalisation has no statistics of the one row of a probe
             return slot_ratios(run)
 
     def _messengers(self, layout: layouts.Layout) -> tuple[MaskedRowsMessenger, SparseEnumMessenger]:
@@ -156,6 +159,13 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _explained(self, alone: Alone, *messengers: SparseEnumMessenger) -> AbstractContextManager[None]:
         return explained(alone, lambda: self._several(*messengers))
 
+    def _check_rows(self, alone: Alone, *messengers: SparseEnumMessenger) -> None:
+        """Raises, at the first run on several values, if the program mixes them."""
+        several = self._several(*messengers)
+        if is_validation_enabled() and not self._compared and several is not None:
+            require_row_by_row(alone, several)
+            self._compared = True
+
     def _enumerate(
         self, layout: layouts.Layout, record: StepRecord, model: Any, guide: Any, alone: Alone
     ) -> Iterator[Any]:
@@ -164,6 +174,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         again = rewind()
         pairs = self._traces(guide_enum, model_enum, model, guide, alone)
         first = next(pairs)
+        self._check_rows(alone, guide_enum, model_enum)
         if guide_enum.narrowed:  # what the terms depend on is known once they are there
             traces = [first, *pairs]
             seen = set().union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
@@ -276,7 +287,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _quiet(self) -> SparseEnumELBO:
         """A copy for a run that has no sparse site on purpose."""
         quiet = copy.copy(self)
-        quiet.strict_enumeration_warning = False
+        quiet.strict_enumeration_warning, quiet._compared = False, True
         return quiet
 
 

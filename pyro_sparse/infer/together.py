@@ -65,7 +65,7 @@ def compare(
         several: the sites that take all draws at once, beside those that ask for parallel enumeration; the others are
             drawn as the program does it. None for all latent sites.
     """
-    with undisturbed(), poutine.block(), _evaluated() if as_evaluated else nullcontext():
+    with undisturbed(), poutine.block(), evaluated() if as_evaluated else nullcontext():
         singles = _Singles(model, guide, args, kwargs, draws)
         each = [_log_probs(pair) for pair in singles.runs]
         try:
@@ -79,7 +79,7 @@ def compare(
             key for key, value in log_probs.items() if not _agree(value, [x[key] for x in each], singles.nesting)
         }
         if differing and as_evaluated:
-            differing -= _noisy(model, guide, args, kwargs, _values(_sites(singles.runs[0]), singles.fixed))
+            differing -= singles.noisy()
     return Comparison(None, sorted({name for _, name in differing}))
 
 
@@ -152,6 +152,22 @@ class _Singles:
             given.add_node(name, **site)
         return given
 
+    def noisy(self) -> set[tuple[int, str]]:
+        """
+        The log-probabilities that depend on random numbers of the program's own, though all sites take given values;
+        or on what its runs change.
+        """
+        provenance = Provenance(own_draws=True, noise=True)
+        state, before = random_state_of_python(), _log_probs(self.runs[0])
+        with provenance.watching(), LabelDraws(provenance, own_draws=True):
+            again = _log_probs(self.run(_values(_sites(self.runs[0]), self.fixed)))
+            unseen = random_state_of_python() != state  # where such a draw went is not known
+            return {
+                key
+                for key, value in again.items()
+                if unseen or OWN in provenance.of(value) or not _agree(value, [before.get(key, value)], self.nesting)
+            }
+
     def row(self, together: tuple[poutine.Trace, poutine.Trace], i: int) -> poutine.Trace:
         """What the latent sites of a run on several values had in one of the rows."""
         given, single = _values(_sites(together), self.fixed), _sites(self.runs[0])
@@ -163,18 +179,9 @@ class _Singles:
         return given
 
 
-def _noisy(model: Any, guide: Any, args: Any, kwargs: Any, given: poutine.Trace) -> set[tuple[int, str]]:
-    """The log-probabilities that depend on random numbers of the program's own, though all sites take given values."""
-    provenance = Provenance(own_draws=True, noise=True)
-    before = random_state_of_python()
-    with provenance.watching(), LabelDraws(provenance, own_draws=True):
-        log_probs = _log_probs(run_once(model, guide, args, kwargs, given))
-        unseen = random_state_of_python() != before  # where such a draw went is not known
-        return {key for key, value in log_probs.items() if unseen or OWN in provenance.of(value)}
-
-
 @contextmanager
-def _evaluated() -> Iterator[None]:
+def evaluated() -> Iterator[None]:
+    """Batch normalisation and dropout are as in evaluation mode."""
     found: list[nn.Module] = []
 
     def before_forward(module: nn.Module, args: Any) -> None:

@@ -264,6 +264,70 @@ def test_a_users_own_mistake_under_enumeration(name: str) -> None:
     assert "SparseEnumELBO" not in str(info.value)
 
 
+@pytest.mark.parametrize("options", ENUMERATED, ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_a_program_that_mixes_outcomes_is_refused_at_every_first_step(name: str, options: dict[str, Any]) -> None:
+    elbo = SparseEnumELBO(**options)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"SparseEnumELBO, site 'z': .*the same on several values.*\['x'\].*vect"):
+            elbo.loss_and_grads(*enumerable(MIXED[name]()))
+    assert all(p.grad is None for _, p in pyro.get_param_store().named_parameters())
+
+
+def test_without_validation_the_sum_over_outcomes_is_another_number() -> None:
+    with pyro.validation_enabled(False):
+        wrong = SparseEnumELBO().loss(*enumerable(MIXED["softmax(1)"]()))
+    assert abs(wrong - SparseEnumELBO().loss(*enumerable(_by_row))) > 0.1
+
+
+@pytest.mark.parametrize("options", ENUMERATED, ids=str)
+@pytest.mark.parametrize("make", [lambda: _by_row, lambda: dropped, lambda: normalised(True)])
+def test_programs_that_are_the_same_under_enumeration(make: Any, options: dict[str, Any]) -> None:
+    elbo = SparseEnumELBO(**options)
+    elbo.loss_and_grads(*enumerable(make()))
+    assert elbo._compared
+
+
+def test_the_check_of_outcomes_moves_nothing() -> None:
+    """Neither random numbers nor a batch normalisation; and is made once."""
+    results: list[list[Any]] = []
+    for check in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        norm, calls = nn.BatchNorm1d(C), []
+
+        def decode(z: Tensor, norm: nn.Module = norm, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            return nn.functional.dropout(norm(scores(z).reshape(-1, C)).reshape(*z.shape, C)).softmax(-1)
+
+        elbo = SparseEnumELBO(max_plate_nesting=1)
+        with pyro.validation_enabled(check):
+            losses = [elbo.loss(*enumerable(decode)) for _ in range(2)]
+        results.append([losses, torch.rand(()).item(), norm.running_mean.tolist(), int(norm.num_batches_tracked)])
+        # Three on single values, one on all, and, since noise makes a difference, one to see what it reaches.
+        assert len(calls) == (2 + 3 + 1 + 1 if check else 2)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("make", [lambda: EstimatorELBO({"z": Exact()}), SparseEnumELBO], ids=["estimator", "sparse"])
+def test_what_the_other_sites_drew_once_has_no_dim_of_its_own(make: Any) -> None:
+    """A table of means that is drawn once and indexed, as in a mixture, is the same for all outcomes."""
+    seen = []
+
+    def program(of_model: bool) -> None:
+        loc = pyro.param("loc", torch.arange(2.0))
+        with pyro.plate("K", 2):
+            mean = pyro.sample("mean", dist.Normal(loc, 1.0))
+        with pyro.plate("N", 2):
+            z = pyro.sample("z", sparse(torch.zeros(2) if of_model else loc))
+            if of_model:
+                seen.append(mean.shape)
+                pyro.sample("x", dist.Normal(mean[z], 1.0), obs=torch.tensor([0.3, 2.0]))
+
+    assert math.isfinite(make().loss(lambda: program(True), lambda: program(False)))
+    assert set(seen) == {(2,)} and len(seen) > 4
+
+
 def enumerable(decode: Decoder) -> tuple[Any, Any]:
     """:func:`program` with sparse sites."""
 
