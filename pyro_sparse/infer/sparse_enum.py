@@ -32,7 +32,7 @@ from pyro_sparse.infer.messenger import SparseEnumMessenger
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.stats import StepRecord, SupportStats
 from pyro_sparse.infer.together import evaluated
-from pyro_sparse.infer.undisturbed import rewind, undisturbed
+from pyro_sparse.infer.undisturbed import buffers_as_they_were, rewindable, undisturbed
 from pyro_sparse.infer.work import slot_ratios
 
 MODES = ("padded", "union", "auto")
@@ -89,6 +89,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
         self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
         self._whole: set[str] = set()  # sites whose masked rows matter
+        self._narrows = True  # whether the last run left others out: the next one may have to be done again
         self._record: StepRecord | None = None
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
@@ -105,7 +106,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
             raise RuntimeError(f"SparseEnumELBO: expected an eager run, got one under torch.jit.trace. {_NO_JIT}")
         refuse_guide_messenger("SparseEnumELBO", guide)
         if self.max_plate_nesting == float("inf"):
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
+            with buffers_as_they_were():
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
         alone = Alone(model, guide, args, kwargs, "SparseEnumELBO")
         guide = as_costs(guide, args, kwargs)
         if self.vectorize_particles:
@@ -171,19 +173,22 @@ class SparseEnumELBO(TraceEnum_ELBO):
     ) -> Iterator[Any]:
         """The traces of one particle: one, or one for each outcome of the sites enumerated sequentially."""
         guide_enum, model_enum = self._messengers(layout)
-        again = rewind()
-        pairs = self._traces(guide_enum, model_enum, model, guide, alone)
-        first = next(pairs)
-        self._check_rows(alone, guide_enum, model_enum)
-        if guide_enum.narrowed:  # what the terms depend on is known once they are there
-            traces = [first, *pairs]
-            seen = set().union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
+        seen: set[str] = set()
+        with rewindable(buffers=self._narrows) as put_back:
+            pairs = self._traces(guide_enum, model_enum, model, guide, alone)
+            first = next(pairs)
+            self._narrows = bool(guide_enum.narrowed)
+            if guide_enum.narrowed:  # what the terms depend on is known once they are there
+                traces = [first, *pairs]
+                pairs, first = iter(traces[1:]), traces[0]
+                seen = seen.union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
             if seen:
-                self._whole |= seen
-                again()  # what was drawn is drawn once
-                yield from self._enumerate(layout, record, model, guide, alone)
-                return
-            pairs, first = iter(traces[1:]), traces[0]
+                put_back()  # what was drawn is drawn once, and a batch normalisation moves once
+        if seen:
+            self._whole |= seen
+            yield from self._enumerate(layout, record, model, guide, alone)
+            return
+        self._check_rows(alone, guide_enum, model_enum)
         for model_trace, guide_trace in itertools.chain([first], pairs):
             sites = {**guide_enum.sites, **model_enum.sites}
             self._warn_unread_options(guide_trace)

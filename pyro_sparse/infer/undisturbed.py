@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pyro
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def buffers_as_they_were() -> Iterator[None]:
         for part in module.modules():  # of a compiled module no part is seen to be called
             if part not in kept:
                 kept[part] = dict(part._buffers)
-                part._buffers.update({name: x if x is None else x.clone() for name, x in kept[part].items()})
+                part._buffers.update({name: x.clone() for name, x in _filled(part).items()})
 
     try:
         with before_every_forward(before_forward):
@@ -47,6 +48,11 @@ def buffers_as_they_were() -> Iterator[None]:
     finally:
         for module, buffers in kept.items():
             module._buffers.update(buffers)
+
+
+def _filled(module: nn.Module) -> dict[str, Any]:
+    """Its buffers, but for those of a lazy module that wait for their sizes."""
+    return {name: x for name, x in module._buffers.items() if x is not None and not is_lazy(x)}
 
 
 @contextmanager
@@ -79,16 +85,36 @@ def no_new_parameters() -> Iterator[None]:
         store._params, store._param_to_name, store._constraints = before
 
 
-def rewind() -> Callable[[], None]:
-    """Takes the state of the generators of torch (CPU and GPUs), Python and numpy; the result puts it back."""
+@contextmanager
+def rewindable(buffers: bool) -> Iterator[Callable[[], None]]:
+    """
+    For a run that may have to be done again: gives what puts the generators of torch (CPU and GPUs), Python and numpy
+    back to where they were; with ``buffers``, also those of the modules called until then.
+    """
     state = pyro.util.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    kept: dict[nn.Module, dict[str, Any]] = {}
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        if module not in kept:
+            for part in module.modules():  # of a compiled module no part is seen to be called
+                if part not in kept:
+                    kept[part] = {name: (x, x.clone()) for name, x in _filled(part).items()}
 
     def put_back() -> None:
         pyro.util.set_rng_state(state)
         torch.cuda.set_rng_state_all(cuda)  # nothing, where there is none
+        with torch.no_grad():
+            for module, own in kept.items():
+                for name, (x, value) in own.items():
+                    module._buffers[name] = x
+                    # Batch normalisation's writes do not count as versions. A write to others would invalidate the
+                    # graphs of earlier runs.
+                    if not torch.equal(x, value):
+                        x.copy_(value)
 
-    return put_back
+    with before_every_forward(before_forward) if buffers else nullcontext():
+        yield put_back
 
 
 def random_state() -> tuple[Any, ...]:
