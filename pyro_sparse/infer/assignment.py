@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_sparse.estimators import Baseline, Estimator, Exact, ScoreFunction
+from pyro_sparse.infer.names import group
 from pyro_sparse.infer.pyro_baseline import PyroBaseline
 from pyro_sparse.infer.pyro_internals import stored
 from pyro_sparse.infer.refusals import refuse_guide_messenger
@@ -213,14 +213,6 @@ class Assignment(nn.Module):
         super().train(mode)
         return self
 
-    def check_names(self, names: set[str]) -> None:
-        """Raises if there is an entry for a site that is none of these."""
-        if unknown := self.unknown(names):
-            raise ValueError(
-                f"EstimatorELBO: expected entries for the sites {sorted(names)} or '*', got {sorted(unknown)}. "
-                "Correct the name; a site that not every run reaches names its estimator in infer."
-            )
-
     def unknown(self, names: set[str]) -> set[str]:
         """The entries that are for none of these sites."""
         return set(self.entries) - names - {"*"}
@@ -299,25 +291,6 @@ class Assignment(nn.Module):
 
     def _is_exact(self, msg: Any) -> bool:
         return isinstance(msg["infer"].get("estimator", self._entry(msg) or self.entries.get("*")), Exact)
-
-
-_LAST_NUMBER = re.compile(r"\d+((?:\D?\*)*)$")
-
-
-def group(name: str, frames: Any) -> str:
-    """
-    What the sites of a sequential plate are called together: ``z_*`` for ``z_0``, ``z_1``, ..., in nested ones
-    ``z_*_*``. Elsewhere a number may say which layer or which step it is: there the name is its own.
-    """
-    for frame in frames:
-        if not frame.vectorized:
-            name = _LAST_NUMBER.sub(r"*\1", name)
-    return name
-
-
-def names_in(trace: Any, sites: Iterable[str]) -> set[str]:
-    """The names that entries may have for some sites of a trace."""
-    return {name for site in sites for name in (site, group(site, trace.nodes[site]["cond_indep_stack"]))}
 
 
 def _learned(module: nn.Module) -> list[Tensor]:

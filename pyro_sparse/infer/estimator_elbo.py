@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import VIMCO, Estimator
-from pyro_sparse.infer.assignment import Assignment, names_in
+from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.expansion.estimator_messenger import PARTICLES
+from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.pyro_internals import no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
-from pyro_sparse.infer.runs.explanations import Alone, explained, require_row_by_row
+from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
@@ -86,7 +86,8 @@ class EstimatorELBO(ELBO, nn.Module):
         kwargs: every keyword of :class:`pyro.infer.ELBO` but ``jit_options``.
 
     Raises:
-        ValueError: naming the site, for entries of sites that the guide lacks or that are reparameterised, two
+        ValueError: naming the site, for entries of sites that the guide lacks (but for discrete ones that the model
+            observes in the first batch, which may be latent in others: a warning) or that are reparameterised, two
             mechanisms at one site, estimators with different numbers of particles, an estimator that the site's
             distribution, a Python branch or a model that takes indices rules out; all before gradients, parameters or
             running means change.
@@ -235,7 +236,7 @@ class EstimatorELBO(ELBO, nn.Module):
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
         if is_validation_enabled() and not self._compared:
-            require_row_by_row(alone, estimators)
+            require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
 
     def _prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
@@ -244,7 +245,9 @@ class EstimatorELBO(ELBO, nn.Module):
             with poutine.block():
                 trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
             found = {name: self.assignment.find(trace.nodes[name]) for name in trace.stochastic_nodes}
-            self._check_names(trace, model, args, kwargs)
+            with poutine.block():
+                rest = poutine.trace(poutine.replay(model, trace=trace))
+                check_names(self.assignment.unknown, trace, found, lambda: rest.get_trace(*args, **kwargs))
             self._set_particles({name: e for name, e in found.items() if e is not None})
             slots = any(e is not None and e.draws_slots for e in found.values())
             if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
@@ -255,19 +258,6 @@ class EstimatorELBO(ELBO, nn.Module):
                 self._check_rows(found, Alone(model, guide, args, kwargs))
         self.assignment.serve()
         self._ready = True
-
-    def _check_names(self, guide_trace: Any, model: Any, args: Any, kwargs: Any) -> None:
-        """Raises for entries of names that neither guide nor model has; warns of those that are observed now."""
-        names = names_in(guide_trace, [*guide_trace.stochastic_nodes, *guide_trace.observation_nodes])
-        if waiting := self.assignment.unknown(names):  # for sites that are latent in other batches, perhaps
-            with poutine.block():
-                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-            self.assignment.check_names(names | names_in(model_trace, model_trace.observation_nodes))
-            warnings.warn(
-                f"EstimatorELBO: expected entries for latent sites, got {sorted(waiting)}, observed in the first "
-                "batch. They serve once the guide draws them; if it never does, leave them out.",
-                stacklevel=2,
-            )
 
     def _particle(
         self,

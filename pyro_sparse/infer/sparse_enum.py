@@ -7,7 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.expansion.work import slot_ratios
 from pyro_sparse.infer.pyro_internals import buffers_kept, check_local_sampling, dice_elbo, dice_expectation
 from pyro_sparse.infer.refusals import refuse_guide_messenger
+from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.sequential import sequential_runs
-from pyro_sparse.infer.runs.undisturbed import rewind, undisturbed
+from pyro_sparse.infer.runs.together import evaluated
+from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, rewindable, undisturbed
 from pyro_sparse.infer.terms.factors import as_costs
 from pyro_sparse.infer.terms.masked import reaching_unmasked
 
@@ -48,7 +50,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
     Every guide site with a sparse support is enumerated, with no decorator. ``infer={"enumerate_support": "dense"}``
     asks for all K outcomes at a site; other sites behave as under ``TraceEnum_ELBO``. Model sites that the guide
     lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be. Masked rows of a
-    guide site take one outcome, unless a term that is not masked depends on them.
+    guide site take one outcome, unless a term that is not masked depends on them. Under Pyro's validation the first run
+    on several outcomes at once is compared with runs on each.
 
     **Bias:** none, in value and gradient. **Extra model evaluations:** none (``mode="auto"``: 1 + 2 per sparse site
     before the first step). **Needs from the guide:** a distribution with a sparse support, in a plate and not under
@@ -86,7 +89,9 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
         self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
         self._whole: set[str] = set()  # sites whose masked rows matter
+        self._narrows = True  # whether the last run left others out: the next one may have to be done again
         self._record: StepRecord | None = None
+        self._compared = False  # whether the program was the same on several values at once as on each alone
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
     @property
@@ -101,38 +106,42 @@ class SparseEnumELBO(TraceEnum_ELBO):
             raise RuntimeError(f"SparseEnumELBO: expected an eager run, got one under torch.jit.trace. {_NO_JIT}")
         refuse_guide_messenger("SparseEnumELBO", guide)
         if self.max_plate_nesting == float("inf"):
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
+            with buffers_as_they_were():
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+        alone = Alone(model, guide, args, kwargs, "SparseEnumELBO")
         guide = as_costs(guide, args, kwargs)
         if self.vectorize_particles:
             guide, model = self._vectorized_num_particles(guide), self._vectorized_num_particles(model)
-        layout = self._layout(model, guide, args, kwargs)
+        layout = self._layout(model, guide, alone)
         self._record = record = StepRecord()
         for _ in range(1 if self.vectorize_particles else self.num_particles):
-            yield from self._enumerate(layout, record, model, guide, args, kwargs)
+            yield from self._enumerate(layout, record, model, guide, alone)
         if self._uncounted:
-            self._ratios.update(self._count_work(model, guide, args, kwargs))
+            self._ratios.update(self._count_work(model, guide, alone))
 
-    def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> layouts.Layout:
+    def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], alone: Alone) -> layouts.Layout:
         if self.mode != "auto":
             return layouts.padded if self.mode == "padded" else layouts.union
         if not self._ratios:
-            self._ratios = self._count_work(model, guide, args, kwargs)
+            self._ratios = self._count_work(model, guide, alone)
         self._uncounted.clear()
         return layouts.cheapest(self._ratios, int(self.max_plate_nesting), self._uncounted)
 
-    def _count_work(self, model: Any, guide: Any, args: Any, kwargs: Any) -> dict[layouts.Size, float]:
+    def _count_work(self, model: Any, guide: Any, alone: Alone) -> dict[layouts.Size, float]:
         nesting = int(self.max_plate_nesting)
 
         def run(layout: layouts.Layout) -> dict[str, layouts.Size]:
             guide_enum, model_enum = self._messengers(layout)
-            get_importance_trace("flat", self.max_plate_nesting, model_enum(model), guide_enum(guide), args, kwargs)
+            program = model_enum(model), guide_enum(guide), alone.args, alone.kwargs
+            with self._explained(alone, guide_enum, model_enum):
+                get_importance_trace("flat", self.max_plate_nesting, *program)
             sites = {**guide_enum.sites, **model_enum.sites}
             return {
                 name: layouts.size(name, site.support_size.shape, site.num_outcomes, nesting)
                 for name, site in sites.items()
             }
 
-        with undisturbed(), poutine.block():
+        with undisturbed(), poutine.block(), evaluated():  # a normalisation has no statistics of the one row of a probe
             return slot_ratios(run)
 
     def _messengers(self, layout: layouts.Layout) -> tuple[MaskedRowsMessenger, SparseEnumMessenger]:
@@ -144,23 +153,42 @@ class SparseEnumELBO(TraceEnum_ELBO):
         model_enum = SparseEnumMessenger(layout, nesting, max_support=self.max_support, guide_sites=guide_enum.visited)
         return guide_enum, model_enum
 
+    def _several(self, *messengers: SparseEnumMessenger) -> Several | None:
+        names = [name for messenger in messengers for name in messenger.laid_out]
+        particles = self.vectorize_particles and self.num_particles > 1
+        return Several(dict.fromkeys(names, ""), names, particles) if names or particles else None
+
+    def _explained(self, alone: Alone, *messengers: SparseEnumMessenger) -> AbstractContextManager[None]:
+        return explained(alone, lambda: self._several(*messengers))
+
+    def _check_rows(self, alone: Alone, *messengers: SparseEnumMessenger) -> None:
+        """Raises, at the first run on several values, if the program mixes them."""
+        several = self._several(*messengers)
+        if is_validation_enabled() and not self._compared and several is not None:
+            require_row_by_row(alone, several)
+            self._compared = True
+
     def _enumerate(
-        self, layout: layouts.Layout, record: StepRecord, model: Any, guide: Any, args: Any, kwargs: Any
+        self, layout: layouts.Layout, record: StepRecord, model: Any, guide: Any, alone: Alone
     ) -> Iterator[Any]:
         """The traces of one particle: one, or one for each outcome of the sites enumerated sequentially."""
         guide_enum, model_enum = self._messengers(layout)
-        again = rewind()
-        pairs = self._traces(guide_enum, model_enum, model, guide, args, kwargs)
-        first = next(pairs)
-        if guide_enum.narrowed:  # what the terms depend on is known once they are there
-            traces = [first, *pairs]
-            seen = set().union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
+        seen: set[str] = set()
+        with rewindable(buffers=self._narrows) as put_back:
+            pairs = self._traces(guide_enum, model_enum, model, guide, alone)
+            first = next(pairs)
+            self._narrows = bool(guide_enum.narrowed)
+            if guide_enum.narrowed:  # what the terms depend on is known once they are there
+                traces = [first, *pairs]
+                pairs, first = iter(traces[1:]), traces[0]
+                seen = seen.union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
             if seen:
-                self._whole |= seen
-                again()  # what was drawn is drawn once
-                yield from self._enumerate(layout, record, model, guide, args, kwargs)
-                return
-            pairs, first = iter(traces[1:]), traces[0]
+                put_back()  # what was drawn is drawn once, and a batch normalisation moves once
+        if seen:
+            self._whole |= seen
+            yield from self._enumerate(layout, record, model, guide, alone)
+            return
+        self._check_rows(alone, guide_enum, model_enum)
         for model_trace, guide_trace in itertools.chain([first], pairs):
             sites = {**guide_enum.sites, **model_enum.sites}
             self._warn_unread_options(guide_trace)
@@ -171,10 +199,11 @@ class SparseEnumELBO(TraceEnum_ELBO):
             yield model_trace, guide_trace
 
     def _traces(
-        self, guide_enum: Messenger, model_enum: Messenger, model: Any, guide: Any, args: Any, kwargs: Any
+        self, guide_enum: SparseEnumMessenger, model_enum: SparseEnumMessenger, model: Any, guide: Any, alone: Alone
     ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
         def run(wrap: Callable[[Any], Any]) -> tuple[poutine.Trace, poutine.Trace]:
-            return self._get_trace(model_enum(model), wrap(guide_enum(guide)), args, kwargs)
+            with self._explained(alone, guide_enum, model_enum):
+                return self._get_trace(model_enum(model), wrap(guide_enum(guide)), alone.args, alone.kwargs)
 
         return sequential_runs(run)
 
@@ -260,7 +289,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _quiet(self) -> SparseEnumELBO:
         """A copy for a run that has no sparse site on purpose."""
         quiet = copy.copy(self)
-        quiet.strict_enumeration_warning = False
+        quiet.strict_enumeration_warning, quiet._compared = False, True
         return quiet
 
 

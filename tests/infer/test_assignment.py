@@ -417,7 +417,21 @@ def moving() -> dict[str, Any]:
 
 @pytest.mark.parametrize("entry", [MovingAverage(), None, LeaveOneOut(3)])
 def test_an_entry_for_a_site_that_does_not_exist(entry: Any) -> None:
-    assert "['b', 'w', 'x', 'z']" in refuse(EstimatorELBO({**moving(), "zz": entry}), *program(), site="zz")
+    assert "the sites ['b', 'z'] or '*'" in refuse(EstimatorELBO({**moving(), "zz": entry}), *program(), site="zz")
+
+
+@pytest.mark.parametrize("name", ["x", "penalty", "twice"])
+def test_an_entry_for_what_never_is_latent_and_discrete(name: str) -> None:
+    """A likelihood, a factor and a deterministic of the model."""
+    model, guide = program()
+
+    def with_others() -> None:
+        model()
+        pyro.factor("penalty", torch.tensor(-0.3))
+        pyro.deterministic("twice", torch.tensor(2.0))
+
+    message = refuse(EstimatorELBO({**moving(), name: Exact()}), with_others, guide, site=name)
+    assert "the sites ['b', 'z'] or '*'" in message
 
 
 def test_an_entry_for_a_site_that_the_first_batch_observes() -> None:

@@ -118,6 +118,94 @@ def test_a_run_makes_them(name: str, grad: bool) -> None:
     assert all(moved(loss, lambda: train(loss, optimiser)).values())
 
 
+def early(net: nn.Module | None = None, sites: str = "zy") -> Any:
+    """Baselines whose parameters are there from the beginning."""
+    pyro.clear_param_store()
+    return BaselineELBO({name: NeuralBaseline(net or network()) for name in sites} | {"*": None})(Model(), Guide())
+
+
+def of_guide(loss: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(loss.guide.parameters(), lr=0.1)
+
+
+def of_estimators(loss: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(loss.elbo.parameters(), lr=0.1)
+
+
+def step(loss: Any, *optimisers: torch.optim.Optimizer) -> None:
+    loss(X).backward()
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_an_optimiser_without_parameters_that_were_there_is_an_error_once(zero: bool) -> None:
+    loss = early()
+    optimiser = of_guide(loss)
+    step(loss, optimiser)
+    if zero:
+        loss.zero_grad()
+    message = r"a step without .*\$z.*\$y.*Make it of elbo\(model, guide\)\.parameters\(\).*requires_grad_\(False\)"
+    with pytest.raises(ValueError, match=message):
+        loss(X)
+    for _ in range(3):
+        step(loss, optimiser)
+
+
+def test_only_those_that_are_left_out_are_named() -> None:
+    loss = early()
+    own = torch.optim.Adam([*loss.guide.parameters(), *loss.elbo.assignment.sites["$z"].parameters()])
+    step(loss, own)
+    with pytest.raises(ValueError, match=r"a step without .*\$y") as info:
+        loss(X)
+    assert "$z" not in str(info.value)
+
+
+def test_no_false_alarms() -> None:
+    frozen = early(network().requires_grad_(False))
+    optimiser = of_guide(frozen)
+    for _ in range(3):
+        step(frozen, optimiser)
+
+    loss = early()  # each optimiser in its turn
+    turns = [of_guide(loss), of_estimators(loss)]
+    for i in range(5):
+        step(loss, turns[i % 2])
+
+    loss = early()  # the second accumulates
+    turns = [of_guide(loss), of_estimators(loss)]
+    for i in range(5):
+        step(loss, *turns[: 1 + i // 3])
+
+    loss = early()  # one that accumulates both
+    optimiser = torch.optim.SGD(loss.parameters(), lr=0.1)
+    for i in range(6):
+        step(loss, *[optimiser][: i % 3 // 2])
+
+    loss = early()  # by hand
+    for _ in range(3):
+        loss(X).backward()
+        with torch.no_grad():
+            for p in loss.parameters():
+                p -= 0.1 * p.grad
+
+    loss = early(Zero())
+    optimiser = of_guide(loss)
+    for _ in range(3):
+        step(loss, optimiser)
+
+
+class Zero(nn.Linear):
+    """Whose parameters get gradients of zero."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.0 * super().forward(x)
+
+
 def test_accumulated_gradients_and_a_pickle_are_no_step() -> None:
     elbo, guide = LATE["*"]()
     loss = elbo(Model(), guide)

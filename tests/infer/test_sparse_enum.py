@@ -458,6 +458,7 @@ def test_particles_one_by_one_may_write_to_what_they_read() -> None:
         pyro.sample("z", sdist.SparseCategorical(torch.tensor([0.5, 0.3, -1.0])))
 
     def gradients(elbo: Any) -> tuple[Tensor, Tensor]:
+        elbo.loss(model, config_enumerate(guide))  # the first run is compared with others, which change the codes, too
         codes.copy_(torch.tensor([1.0, 2.0, 0.5]))
         pyro.clear_param_store()
         loss = elbo.loss_and_grads(model, config_enumerate(guide))

@@ -58,6 +58,7 @@ class SparseEnumMessenger(EnumMessenger):
         self.max_support = max_support
         self.visited: set[str] = set()
         self.sites: dict[str, SparseSite] = {}
+        self.laid_out: list[str] = []  # all sites that have several values in a dim of their own
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and not msg["is_observed"] and self._enumerates(msg):
@@ -66,6 +67,8 @@ class SparseEnumMessenger(EnumMessenger):
             msg["fn"] = with_values(msg["fn"], values)
         self.visited.add(msg["name"])
         super()._pyro_sample(msg)
+        if "_enumerate_dim" in msg["infer"] and msg["name"] not in self.laid_out:
+            self.laid_out.append(msg["name"])
 
     def _enumerates(self, msg: Any) -> bool:
         fn, infer, name = msg["fn"], msg["infer"], msg["name"]

@@ -16,7 +16,7 @@ from pyro_sparse.infer.expansion.estimator_messenger import EstimatorMessenger
 from pyro_sparse.infer.expansion.messengers import ModelEnumMessenger, PlatesUnknownError
 from pyro_sparse.infer.expansion.views import LinearLogProbs
 from pyro_sparse.infer.refusals import smooth_sites
-from pyro_sparse.infer.runs.explanations import Alone, explained
+from pyro_sparse.infer.runs.explanations import Alone, Several, explained
 from pyro_sparse.infer.runs.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.runs.traces import Traces, compute_log_probs
 
@@ -94,7 +94,8 @@ class Program:
     def _explained(self, tracer: Any, messenger: EstimatorMessenger) -> AbstractContextManager[None]:
         """Around runs of guide and model."""
 
-        def several() -> Mapping[str, Estimator | None] | None:
-            return messenger.estimators if messenger.num_laid_out or self.model is not self.alone.model else None
+        def several() -> Several | None:
+            particles = self.model is not self.alone.model
+            return Several.of(messenger.estimators, particles) if messenger.num_laid_out or particles else None
 
         return explained(self.alone, several, lambda: smooth_sites(tracer.msngr.trace, messenger.estimators))

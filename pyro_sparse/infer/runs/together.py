@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,7 @@ def compare(
     kwargs: Mapping[str, Any],
     draws: int = DRAWS,
     as_evaluated: bool = False,
+    several: Collection[str] | None = None,
 ) -> Comparison:
     """
     Runs guide and model on a few draws one by one and on all together, in a dim to the left of the plates, and compares
@@ -61,43 +62,126 @@ def compare(
         draws: how many.
         as_evaluated: whether batch normalisation and dropout are as in evaluation mode, and what depends on other noise
             is not compared.
+        several: the sites that take all draws at once, beside those that ask for parallel enumeration; the others are
+            drawn as the program does it. None for all latent sites.
     """
-    with undisturbed(), poutine.block(), _evaluated() if as_evaluated else nullcontext():
-        fixed = poutine.Trace()  # all runs see the same subsample
-        runs = []
-        for _ in range(draws):
-            runs.append(run_once(model, guide, args, kwargs, fixed))
-            for name, site in sites_of(runs[-1]).items():
-                if name not in fixed and site_is_subsample(site):
-                    fixed.add_node(name, **site)
-        nesting = nesting_of(runs[0])
-        each = [_log_probs(pair) for pair in runs]
+    with undisturbed(), poutine.block(), evaluated() if as_evaluated else nullcontext():
+        singles = _Singles(model, guide, args, kwargs, draws)
+        each = [_log_probs(pair) for pair in singles.runs]
         try:
-            together = run_once(model, guide, args, kwargs, _stack(runs, fixed, nesting))
-            differing = {
-                key
-                for key, value in _log_probs(together).items()
-                if not _agree(value, [log_probs[key] for log_probs in each], nesting)
-            }
+            together = singles.run(singles.stacked(singles.of(several)))
+            log_probs = _log_probs(together)
         except Exception as error:  # whatever it is: the same program has just run on one value
             return Comparison(error, [])
+        if set(singles.of(several)) != set(singles.of(None)):  # the others were drawn anew
+            each = [_log_probs(singles.run(singles.row(together, i))) for i in range(draws)]
+        differing = {
+            key for key, value in log_probs.items() if not _agree(value, [x[key] for x in each], singles.nesting)
+        }
         if differing and as_evaluated:
-            differing -= _noisy(model, guide, args, kwargs, _values(sites_of(runs[0]), fixed))
+            differing -= singles.noisy()
     return Comparison(None, sorted({name for _, name in differing}))
 
 
-def _noisy(model: Any, guide: Any, args: Any, kwargs: Any, given: poutine.Trace) -> set[tuple[int, str]]:
-    """The log-probabilities that depend on random numbers of the program's own, though all sites take given values."""
-    provenance = Provenance(own_draws=True, noise=True)
-    before = random_state_of_python()
-    with provenance.watching(), LabelDraws(provenance, own_draws=True):
-        log_probs = _log_probs(run_once(model, guide, args, kwargs, given))
-        unseen = random_state_of_python() != before  # where such a draw went is not known
-        return {key for key, value in log_probs.items() if unseen or OWN in provenance.of(value)}
+def to_broadcast(
+    model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], several: Collection[str]
+) -> list[str]:
+    """
+    The latent sites, as few as will do, whose values are to be broadcast against each other for the program to run
+    where each site of ``several`` (and each that asks for parallel enumeration) has its values in a dim of its own.
+    Empty if it runs as it is, or fails all the same.
+    """
+    with undisturbed(), poutine.block():
+        singles = _Singles(model, guide, args, kwargs, 2)
+        apart, found = singles.of(several), singles.of(None)
+
+        def runs(shared: list[str]) -> bool:
+            try:
+                singles.run(singles.stacked(list(dict.fromkeys([*shared, *apart])), shared))
+            except Exception:  # whatever it is: the same program has just run on one value
+                return False
+            return True
+
+        if runs([]) or not runs(found):
+            return []
+        for name in list(found):
+            if runs(fewer := [other for other in found if other != name]):
+                found = fewer
+    return found
+
+
+class _Singles:
+    """Runs of guide and model on single values; all see the same subsample and outcomes of sequential enumeration."""
+
+    def __init__(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: int) -> None:
+        self.program = model, guide, args, kwargs
+        self.fixed = poutine.Trace()
+        self.runs: list[tuple[poutine.Trace, poutine.Trace]] = []
+        for _ in range(draws):
+            self.runs.append(self.run(self.fixed))
+            for name, site in sites_of(self.runs[-1]).items():
+                sequential = not site["is_observed"] and site["infer"].get("enumerate") == "sequential"
+                if name not in self.fixed and (site_is_subsample(site) or sequential):
+                    self.fixed.add_node(name, **site)
+        self.nesting = nesting_of(self.runs[0])
+
+    def run(self, given: poutine.Trace) -> tuple[poutine.Trace, poutine.Trace]:
+        return run_once(*self.program, given)
+
+    def of(self, several: Collection[str] | None) -> list[str]:
+        """The latent sites of these names, and those that ask for parallel enumeration; of None all."""
+        latent = {name: site for name, site in sites_of(self.runs[0]).items() if not site["is_observed"]}
+        return [
+            name
+            for name, site in latent.items()
+            if name not in self.fixed
+            and (several is None or name in several or site["infer"].get("enumerate") == "parallel")
+        ]
+
+    def stacked(self, names: list[str], shared: Collection[str] | None = None) -> poutine.Trace:
+        """The values of all runs, in a dim to the left of all plates; of sites not in ``shared`` in their own."""
+        sites = [sites_of(pair) for pair in self.runs]
+        given, own = self.fixed.copy(), 0
+        for name in names:
+            own += shared is not None and name not in shared
+            site: Any = {**sites[0][name], "infer": {}}
+            values = [each[name]["value"] for each in sites]
+            right = self.nesting + site["fn"].event_dim + (own if shared is None or name not in shared else 0)
+            missing = (1,) * (right - values[0].dim())
+            site["value"] = torch.stack([value.reshape(missing + value.shape) for value in values])
+            given.add_node(name, **site)
+        return given
+
+    def noisy(self) -> set[tuple[int, str]]:
+        """
+        The log-probabilities that depend on random numbers of the program's own, though all sites take given values;
+        or on what its runs change.
+        """
+        provenance = Provenance(own_draws=True, noise=True)
+        state, before = random_state_of_python(), _log_probs(self.runs[0])
+        with provenance.watching(), LabelDraws(provenance, own_draws=True):
+            again = _log_probs(self.run(_values(sites_of(self.runs[0]), self.fixed)))
+            unseen = random_state_of_python() != state  # where such a draw went is not known
+            return {
+                key
+                for key, value in again.items()
+                if unseen or OWN in provenance.of(value) or not _agree(value, [before.get(key, value)], self.nesting)
+            }
+
+    def row(self, together: tuple[poutine.Trace, poutine.Trace], i: int) -> poutine.Trace:
+        """What the latent sites of a run on several values had in one of the rows."""
+        given, single = _values(sites_of(together), self.fixed), sites_of(self.runs[0])
+        for name in [name for name in given.nodes if name not in self.fixed and name in single]:
+            site: Any = given.nodes[name]
+            value, before = site["value"], single[name]["value"].dim()
+            if value.dim() > max(before, self.nesting + site["fn"].event_dim):
+                site["value"] = value[i if len(value) > 1 else 0]
+        return given
 
 
 @contextmanager
-def _evaluated() -> Iterator[None]:
+def evaluated() -> Iterator[None]:
+    """Batch normalisation and dropout are as in evaluation mode."""
     found: list[nn.Module] = []
 
     def before_forward(module: nn.Module, args: Any) -> None:
@@ -130,18 +214,6 @@ def _values(sites: Mapping[str, Any], fixed: poutine.Trace) -> poutine.Trace:
         if not site["is_observed"] and name not in fixed:
             given.add_node(name, **{**site, "infer": {}})
     return given
-
-
-def _stack(runs: Any, fixed: poutine.Trace, nesting: int) -> poutine.Trace:
-    """The values of all runs, in a dim to the left of all plates."""
-    sites = [sites_of(pair) for pair in runs]
-    stacked = _values(sites[0], fixed)
-    for name in [name for name in stacked.nodes if name not in fixed]:
-        site: Any = stacked.nodes[name]
-        values = [each[name]["value"] for each in sites]
-        missing = (1,) * (nesting + site["fn"].event_dim - values[0].dim())
-        site["value"] = torch.stack([value.reshape(missing + value.shape) for value in values])
-    return stacked
 
 
 def _agree(together: Tensor, each: list[Tensor], nesting: int) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pyro
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pyro_sparse.infer.pyro_internals import has_compiled
 
@@ -40,7 +41,7 @@ def buffers_as_they_were() -> Iterator[None]:
         for part in module.modules():  # of a compiled module no part is seen to be called
             if part not in kept:
                 kept[part] = dict(part._buffers)
-                part._buffers.update({name: x if x is None else x.clone() for name, x in kept[part].items()})
+                part._buffers.update({name: x.clone() for name, x in _filled(part).items()})
 
     try:
         with before_every_forward(before_forward):
@@ -48,6 +49,11 @@ def buffers_as_they_were() -> Iterator[None]:
     finally:
         for module, buffers in kept.items():
             module._buffers.update(buffers)
+
+
+def _filled(module: nn.Module) -> dict[str, Any]:
+    """Its buffers, but for those of a lazy module that wait for their sizes."""
+    return {name: x for name, x in module._buffers.items() if x is not None and not is_lazy(x)}
 
 
 @contextmanager
@@ -66,16 +72,36 @@ def before_every_forward(act: Callable[[nn.Module, Any], None]) -> Iterator[None
             hook.remove()
 
 
-def rewind() -> Callable[[], None]:
-    """Takes the state of the generators of torch (CPU and GPUs), Python and numpy; the result puts it back."""
+@contextmanager
+def rewindable(buffers: bool) -> Iterator[Callable[[], None]]:
+    """
+    For a run that may have to be done again: gives what puts the generators of torch (CPU and GPUs), Python and numpy
+    back to where they were; with ``buffers``, also those of the modules called until then.
+    """
     state = pyro.util.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    kept: dict[nn.Module, dict[str, Any]] = {}
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        if module not in kept:
+            for part in module.modules():  # of a compiled module no part is seen to be called
+                if part not in kept:
+                    kept[part] = {name: (x, x.clone()) for name, x in _filled(part).items()}
 
     def put_back() -> None:
         pyro.util.set_rng_state(state)
         torch.cuda.set_rng_state_all(cuda)  # nothing, where there is none
+        with torch.no_grad():
+            for module, own in kept.items():
+                for name, (x, value) in own.items():
+                    module._buffers[name] = x
+                    # Batch normalisation's writes do not count as versions. A write to others would invalidate the
+                    # graphs of earlier runs.
+                    if not torch.equal(x, value):
+                        x.copy_(value)
 
-    return put_back
+    with before_every_forward(before_forward) if buffers else nullcontext():
+        yield put_back
 
 
 def random_state() -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_sparse.distributions import (
     MaskedSparseDistribution,
@@ -201,6 +201,52 @@ def test_a_run_that_is_done_again_has_the_same_subsample() -> None:
         elbo._whole = whole
         losses.append([elbo.loss(lambda: program(True), lambda: program(False)) for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1])
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+@pytest.mark.parametrize("in_guide", [False, True])
+def test_a_run_that_is_done_again_moves_buffers_once(in_guide: bool, particles: int) -> None:
+    """A batch normalisation counts the step once, with the statistics of the run that counts."""
+
+    class Codebook(nn.Module):
+        """Its buffers are replaced, and not written to."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + x.detach().sum()
+            return x + self.mean
+
+    norm, book, frozen = nn.BatchNorm1d(1), Codebook(), nn.BatchNorm1d(1).eval()
+
+    def shifted(x: Tensor) -> Tensor:
+        return frozen(book(norm(x.double().reshape(-1, 1)))).reshape(x.shape)
+
+    def program(of_model: bool) -> None:
+        b, t = plates()
+        bump = shifted(X).unsqueeze(-1) if in_guide and not of_model else 0.0
+        with b, t:
+            z = pyro.sample("z", (prior() if of_model else SparseCategorical(scores() + bump)).mask(REAL))
+            if of_model:
+                loc = decoded(z)
+                pyro.sample("x", dist.Normal(loc if in_guide else shifted(loc), 1.0), obs=X)
+
+    results = []
+    for whole in (set(), {"z"}):
+        for module in (norm, frozen):
+            module.reset_running_stats()
+        book.mean = torch.zeros(())
+        buffers = list(norm.buffers())
+        elbo = SparseEnumELBO(max_plate_nesting=2, num_particles=particles)
+        elbo._whole = whole
+        values = loss_and_gradients(elbo, lambda: program(True), lambda: program(False))
+        assert elbo._whole == {"z"} and all(x is y for x, y in zip(norm.buffers(), buffers, strict=True))
+        assert int(norm.num_batches_tracked) == particles
+        results.append([*values, *(x.clone() for x in norm.buffers()), book.mean.clone()])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_without_the_look_at_the_terms_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

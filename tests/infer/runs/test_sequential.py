@@ -19,7 +19,8 @@ from pyro_sparse.estimators import (
     TrainableConstant,
 )
 from pyro_sparse.infer import BaselineELBO, EstimatorELBO
-from pyro_sparse.infer.assignment import PARAM_PREFIX, group
+from pyro_sparse.infer.assignment import PARAM_PREFIX
+from pyro_sparse.infer.names import group
 
 N = 12
 X = torch.linspace(-1.0, 1.0, N, dtype=torch.float64)

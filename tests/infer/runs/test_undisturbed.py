@@ -11,6 +11,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
+from pyro_sparse.distributions import SparseCategorical
 from pyro_sparse.estimators import Exact, LeaveOneOut, MovingAverage, SampleBaseline, ScoreFunction, SelfCritic
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
 from pyro_sparse.infer.expansion.estimator_messenger import mode
@@ -155,3 +156,17 @@ def test_what_a_side_run_leaves_in_buffers(compiled: bool) -> None:
         network(X)
         raise ZeroDivisionError
     assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("elbo", [lambda: SparseEnumELBO(), lambda: EstimatorELBO(Exact())])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_first_step_counts_once(lazy: bool, elbo: Any) -> None:
+    """Whatever is run to find the plates, or to be compared; a lazy module gets its sizes."""
+    norm = nn.LazyBatchNorm1d() if lazy else nn.BatchNorm1d(2)
+
+    def program(scores: Tensor) -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("z", SparseCategorical(scores))
+
+    elbo().loss(lambda: program(torch.zeros(2)), lambda: program(norm(X)))
+    assert int(norm.num_batches_tracked) == 1
