@@ -13,10 +13,11 @@ from pyro_sparse.estimators.baselines import (
     Sum,
     TrainableConstant,
 )
+from pyro_sparse.estimators.exact import Exact
 from pyro_sparse.estimators.local_expectation import LocalExpectation
 from pyro_sparse.estimators.rao_blackwell import RaoBlackwell
 from pyro_sparse.estimators.rebar import REBAR, RELAX
-from pyro_sparse.estimators.score_function import Exact, LeaveOneOut, ScoreFunction
+from pyro_sparse.estimators.score_function import LeaveOneOut, ScoreFunction
 from pyro_sparse.estimators.split import SplitPathwise
 from pyro_sparse.estimators.straight_through import StraightThrough
 from pyro_sparse.estimators.taylor import DoubleControlVariate, MuProp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_sparse.estimators.base import Baseline, Estimator, Site, Slots, require_outcomes
+from pyro_sparse.estimators.base import Baseline, Estimator, Site
 
 
 class ScoreFunction(Estimator):
@@ -74,27 +74,6 @@ class LeaveOneOut(Estimator):
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         others = (cost.sum(0) - cost) / (self.num_particles - 1)
         return (cost - others) * site.log_prob, 0.0
-
-
-class Exact(Estimator):
-    r"""
-    .. math:: \nabla E_q f = \sum_{z\,:\,q(z) > 0} q(z)\,f(z)\,\nabla \log q(z)
-
-    **Bias:** none, and no variance of its own. **Extra model evaluations:** one per outcome; where the distribution
-    has a sparse support, one per outcome with positive probability. **Needs from the guide:** a finite support.
-    """
-
-    draws_slots = True
-
-    def draw(self, site: Site) -> Slots:
-        """All outcomes. (An ELBO lays out a sparse support, where there is one, in place of this.)"""
-        require_outcomes("Exact", site)
-        outcomes = site.fn.enumerate_support(expand=False)
-        return Slots(outcomes, site.fn.log_prob(outcomes).detach(), len(outcomes))
-
-    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
-        weights = site.log_prob.detach().exp()
-        return (weights * cost * site.log_prob).masked_fill(weights == 0, 0.0), 0.0
 
 
 def check_count(estimator: str, n: int, name: str = "n") -> None:

@@ -20,9 +20,8 @@ from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import VIMCO, Estimator
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
-from pyro_sparse.infer.expansion.estimator_messenger import PARTICLES
 from pyro_sparse.infer.names import check_names
-from pyro_sparse.infer.pyro_internals import no_new_parameters
+from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.program import Program

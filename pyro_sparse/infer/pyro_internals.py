@@ -5,15 +5,17 @@ which public way would replace it. The first place to look after an upgrade.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
 from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal, _get_common_scale
 from pyro.infer.util import Dice
+from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
@@ -22,9 +24,13 @@ from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 #: not documented; the frames that a trace holds are.
 Frame = Any
 
+#: the plate that ``pyro.infer.ELBO`` puts around vectorised particles; its name is in no constant
+PARTICLES = "num_particles_vectorized"
+
 #: Modules that mix rows, or draw, in training only: their bases have no public name, and naming every subclass would
 #: miss the next one.
-TRAINING_ONLY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+DROPOUT = (nn.modules.dropout._DropoutNd,)
+TRAINING_ONLY = (nn.modules.batchnorm._NormBase, *DROPOUT)
 
 
 def is_subsample(fn: Any) -> bool:
@@ -33,6 +39,19 @@ def is_subsample(fn: Any) -> bool:
     trace by the type's name; a message that is not yet done has this distribution only.
     """
     return isinstance(fn, _Subsample)
+
+
+def dims_as_now() -> Callable[[], None]:
+    """
+    The result gives enumeration its next dims as they are now: a model that runs several times is to have the same
+    each time. Only a guide's messenger can begin anew in public, by ``first_available_dim``.
+    """
+    before = {k: copy.copy(v) for k, v in vars(_ENUM_ALLOCATOR).items()}
+
+    def put_back() -> None:
+        vars(_ENUM_ALLOCATOR).update({k: copy.copy(v) for k, v in before.items()})
+
+    return put_back
 
 
 # The sum of TraceEnum_ELBO has no public form that takes traces; without it SparseEnumELBO would be a copy of it.

@@ -17,25 +17,27 @@ from pyro.infer import TraceEnum_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
-from pyro.util import check_traceenum_requirements, warn_if_nan
+from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.estimators.exact import Gather, check_expansion
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
 from pyro_sparse.infer.expansion.messengers import SparseEnumMessenger
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.expansion.work import slot_ratios
-from pyro_sparse.infer.pyro_internals import buffers_kept, check_local_sampling, dice_elbo, dice_expectation
+from pyro_sparse.infer.pyro_internals import buffers_kept, dice_elbo, dice_expectation
 from pyro_sparse.infer.refusals import refuse_guide_messenger
+from pyro_sparse.infer.runs.enumerated import on_packed_rows, on_slots
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
+from pyro_sparse.infer.runs.on_rows import OnRows
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.together import evaluated
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, rewindable, undisturbed
 from pyro_sparse.infer.terms.factors import as_costs
 from pyro_sparse.infer.terms.masked import reaching_unmasked
 
-MODES = ("padded", "union", "auto")
 _NO_JIT = "Tracing would freeze the support of the first batch; run it eagerly."
 
 
@@ -76,21 +78,32 @@ class SparseEnumELBO(TraceEnum_ELBO):
     sparsity*, NeurIPS 2020, §3, Eq. 4.
     """
 
-    def __init__(self, mode: str = "padded", *, max_support: int | None = None, **kwargs: Any) -> None:
-        if mode not in MODES:
-            raise ValueError(f"SparseEnumELBO: expected mode in {MODES}, got {mode!r}. Use one of them.")
-        if max_support is not None and max_support < 1:
-            raise ValueError(f"SparseEnumELBO: expected max_support >= 1 or None, got {max_support}. Raise it.")
+    def __init__(
+        self,
+        mode: str = "padded",
+        *,
+        max_support: int | None = None,
+        chunk_rows: int | None = None,
+        gather: Gather | None = None,
+        check: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_expansion("SparseEnumELBO", mode, max_support, chunk_rows, gather)
         if kwargs.get("jit_options") is not None:
             raise ValueError(f"SparseEnumELBO: expected no jit_options, got {kwargs['jit_options']}. {_NO_JIT}")
         super().__init__(**kwargs)
         self.mode = mode
         self.max_support = max_support
+        self.chunk_rows = chunk_rows
+        self.gather = gather
+        self.check = check
         self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
         self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
         self._whole: set[str] = set()  # sites whose masked rows matter
         self._narrows = True  # whether the last run left others out: the next one may have to be done again
         self._record: StepRecord | None = None
+        self._ran_on: int | None = None  # how many packed rows
+        self._rows_compared: set[str] = set()  # plates whose rows were the same as in an ordinary run
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
@@ -121,7 +134,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
 
     def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], alone: Alone) -> layouts.Layout:
         if self.mode != "auto":
-            return layouts.padded if self.mode == "padded" else layouts.union
+            return layouts.union if self.mode == "union" else layouts.padded
         if not self._ratios:
             self._ratios = self._count_work(model, guide, alone)
         self._uncounted.clear()
@@ -164,7 +177,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _check_rows(self, alone: Alone, *messengers: SparseEnumMessenger) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
         several = self._several(*messengers)
-        if is_validation_enabled() and not self._compared and several is not None:
+        if is_validation_enabled() and not self._compared and several is not None and self.mode != "packed":
             require_row_by_row(alone, several)
             self._compared = True
 
@@ -194,7 +207,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
             self._warn_unread_options(guide_trace)
             if not sites and guide_trace.stochastic_nodes:
                 self._warn_no_sparse_site(guide_trace)
-            record.add(sites, model_trace, guide_trace)
+            record.add(sites, model_trace, guide_trace, self._ran_on)
             _refuse_zero_prior(guide_enum.sites, model_trace, guide_trace)
             yield model_trace, guide_trace
 
@@ -202,19 +215,22 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self, guide_enum: SparseEnumMessenger, model_enum: SparseEnumMessenger, model: Any, guide: Any, alone: Alone
     ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
         def run(wrap: Callable[[Any], Any]) -> tuple[poutine.Trace, poutine.Trace]:
+            if on is not None:
+                program = model_enum(model), wrap(guide_enum(guide)), alone
+                pair, self._ran_on = on_packed_rows(*program, on, guide_enum.sites)
+                return pair
             with self._explained(alone, guide_enum, model_enum):
-                return self._get_trace(model_enum(model), wrap(guide_enum(guide)), alone.args, alone.kwargs)
+                return on_slots(model_enum(model), wrap(guide_enum(guide)), alone, int(self.max_plate_nesting))
 
+        on = self._on_rows()
         return sequential_runs(run)
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
-        model_trace, guide_trace = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
-        if is_validation_enabled():
-            check_traceenum_requirements(model_trace, guide_trace)
-            check_local_sampling(model_trace, guide_trace)
-        guide_trace.pack_tensors()
-        model_trace.pack_tensors(guide_trace.plate_to_symbol)
-        return model_trace, guide_trace
+    def _on_rows(self) -> OnRows | None:
+        """How the model is run on packed rows, if it is."""
+        if self.mode != "packed":
+            return None
+        compared = self._rows_compared if self.check else None
+        return OnRows("SparseEnumELBO", int(self.max_plate_nesting), self.chunk_rows, self.gather, compared)
 
     def _warn_no_sparse_site(self, guide_trace: poutine.Trace) -> None:
         if "" in self._warned or not self.strict_enumeration_warning:

@@ -16,9 +16,7 @@ from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.law import law, padded_law
 from pyro_sparse.infer.expansion.messengers import PlatesUnknownError, SparseEnumMessenger
 from pyro_sparse.infer.expansion.views import with_linear_log_prob, with_values
-from pyro_sparse.infer.pyro_internals import Frame, is_subsample
-
-PARTICLES = "num_particles_vectorized"  # the plate that pyro.infer.ELBO puts around vectorised particles
+from pyro_sparse.infer.pyro_internals import PARTICLES, Frame, is_subsample
 
 
 class EstimatorMessenger(SparseEnumMessenger):

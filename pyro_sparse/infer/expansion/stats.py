@@ -43,8 +43,10 @@ class StepRecord:
     model_rows: int = 0
     dense_rows: int = 0
 
-    def add(self, sites: Mapping[str, SparseSite], model_trace: Any, guide_trace: Any) -> None:
-        """Adds one particle's traces."""
+    def add(
+        self, sites: Mapping[str, SparseSite], model_trace: Any, guide_trace: Any, ran_on: int | None = None
+    ) -> None:
+        """Adds one particle's traces; and on how many rows the model ran, if these do not tell."""
         dims = {**_enumerate_dims(guide_trace, sites), **_enumerate_dims(model_trace, sites)}
         rows, dense_rows = 0, 0
         for name, site in model_trace.nodes.items():
@@ -57,7 +59,7 @@ class StepRecord:
                     sizes[dim] = sites[other].num_outcomes
             dense_rows = max(dense_rows, prod(sizes.values()))
         self.sites.append(sites)
-        self.model_rows += rows
+        self.model_rows += rows if ran_on is None else ran_on
         self.dense_rows += dense_rows
 
     def summary(self) -> SupportStats:

@@ -74,6 +74,15 @@ class Alone:
     def _program(self) -> tuple[Any, Any, Any, Any]:
         return self.model, self.guide, self.args, self.kwargs
 
+    def runs(self) -> bool:
+        """Whether it runs on single values."""
+        try:
+            with undisturbed(), poutine.block():
+                run_once(*self._program)
+        except Exception:  # whatever it is: it is the user's
+            return False
+        return True
+
     def failure_together(self, several: Several) -> Exception | None:
         """What it raises on several values in one dim, if it runs on single ones."""
         try:
@@ -172,6 +181,27 @@ def explained(
         ):
             raise not_relaxed(sites, f"that raises: {first_line}") from error
         raise
+
+
+@contextmanager
+def explained_on_rows(alone: Alone, plate: str) -> Iterator[None]:
+    """Raises in place of an error of a model on packed rows what they have to do with it, if it runs without them."""
+    try:
+        yield
+    except Exception as error:  # whatever it is: it is explained, or raised
+        if _is_ours(error) or not alone.runs():
+            raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{alone.owner}, plate '{plate}': expected a model that runs on packed rows, got one that raises on them "
+            f"({first_line}). {ON_ROWS}"
+        ) from error
+
+
+ON_ROWS = (
+    "Pass the data as arguments with a row for each element of the plate, or take them by its indices; take sizes from "
+    "them (len(x)); place other arguments by gather=; or use mode='padded'."
+)
 
 
 def _between(sites: Mapping[str, Any]) -> bool:

@@ -180,13 +180,13 @@ class _Singles:
 
 
 @contextmanager
-def evaluated() -> Iterator[None]:
-    """Batch normalisation and dropout are as in evaluation mode."""
+def evaluated(kinds: tuple[type[nn.Module], ...] = TRAINING_ONLY) -> Iterator[None]:
+    """Modules of these kinds, batch normalisation and dropout by default, are as in evaluation mode."""
     found: list[nn.Module] = []
 
     def before_forward(module: nn.Module, args: Any) -> None:
         for part in module.modules():
-            if isinstance(part, TRAINING_ONLY) and part.training:
+            if isinstance(part, kinds) and part.training:
                 part.training = False
                 found.append(part)
 
@@ -196,6 +196,13 @@ def evaluated() -> Iterator[None]:
     finally:
         for module in found:
             module.training = True
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, but for rounding in another order of operations."""
+    tolerance = 3 * torch.finfo(a.dtype).eps ** 0.5
+    a, b = torch.broadcast_tensors(a, b)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _log_probs(traces: Iterable[poutine.Trace]) -> dict[tuple[int, str], Tensor]:
@@ -217,9 +224,5 @@ def _values(sites: Mapping[str, Any], fixed: poutine.Trace) -> poutine.Trace:
 
 
 def _agree(together: Tensor, each: list[Tensor], nesting: int) -> bool:
-    tolerance = 3 * torch.finfo(together.dtype).eps ** 0.5
     rows = together.expand(torch.broadcast_shapes(together.shape, (len(each),) + (1,) * nesting))
-    return all(
-        torch.allclose(row, x.expand(row.shape), rtol=tolerance, atol=tolerance, equal_nan=True)
-        for row, x in zip(rows, each, strict=True)
-    )
+    return all(close(row, x.expand(row.shape)) for row, x in zip(rows, each, strict=True))

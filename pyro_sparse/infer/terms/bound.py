@@ -7,8 +7,8 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_sparse.estimators import VIMCO, Site
-from pyro_sparse.infer.expansion.estimator_messenger import PARTICLES
 from pyro_sparse.infer.expansion.law import is_point_mass
+from pyro_sparse.infer.pyro_internals import PARTICLES
 from pyro_sparse.infer.terms.costs import subsampling_scale, sum_to
 from pyro_sparse.infer.terms.dependencies import without_draws
 from pyro_sparse.infer.terms.scores import Run

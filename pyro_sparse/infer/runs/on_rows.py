@@ -1,0 +1,306 @@
+"""A run of the model on packed rows, some at a time if need be; its log-probabilities come back in slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from pyro.util import check_site_shape
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from pyro_sparse.infer.expansion.masked_rows import mask_of
+from pyro_sparse.infer.expansion.rows import Rows, place
+from pyro_sparse.infer.expansion.views import with_fixed_value
+from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, is_subsample
+from pyro_sparse.infer.runs.explanations import ON_ROWS
+from pyro_sparse.infer.runs.together import close, evaluated
+from pyro_sparse.infer.runs.undisturbed import undisturbed
+
+Gather = Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]]
+# What of a node would keep the graph of its run, or is said anew.
+_OF_A_RUN = ("log_prob", "log_prob_sum", "unscaled_log_prob", "packed")
+
+
+@dataclass(frozen=True)
+class OnRows:
+    """
+    How a model is run on packed rows.
+
+    Attributes:
+        owner: the ELBO, in errors.
+        nesting: how many dims plates have.
+        chunk_rows: how many rows at a time; their graphs are made again in the backward pass. None: all at once.
+        gather: ``gather(index, *args, **kwargs)`` gives ``(args, kwargs)`` for the rows of the examples ``index``.
+        compared: plates whose rows were compared with an ordinary run; None: that is not asked for.
+        fixed: sites whose log-probability has no derivative by the value.
+    """
+
+    owner: str
+    nesting: int
+    chunk_rows: int | None = None
+    gather: Gather | None = None
+    compared: set[str] | None = None
+    fixed: Collection[str] = ()
+
+    def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, int]:
+        """The model's trace, with log-probabilities in slots, and on how many rows its largest site ran."""
+        indices = guide_trace.nodes[rows.frame.name]["value"] if rows.frame.name in guide_trace.nodes else None
+        sites: dict[str, list[_Scored]] = {}
+        joined, again, ran_on = poutine.Trace(), dims_as_now(), 0
+        for part in rows.parts(self.chunk_rows):
+            scored: list[_Scored] = []
+
+            def run(part: Rows = part, scored: list[_Scored] = scored) -> list[Tensor]:
+                again()
+                found = self._scores(model, args, kwargs, guide_trace, part, indices)
+                first = not scored
+                scored.extend(found if first else ())
+                return [site.log_prob for site in found]
+
+            log_probs = run() if self.chunk_rows is None else _made_again(run)
+            ran_on += max((log_prob.numel() for log_prob in log_probs), default=0)
+            for site, log_prob in zip(scored, log_probs, strict=True):
+                kept = sites.setdefault(site.node["name"], [])
+                if site.in_rows or not kept:  # what lies outside of the rows is the same in all parts
+                    kept.append(_Scored(site.node, log_prob, site.mask, site.rows, site.in_rows))
+        for name, parts in sites.items():
+            joined.add_node(name, **_in_slots(parts, guide_trace, self.nesting))
+        return joined, ran_on
+
+    def check_once(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
+        """Under validation, raises if at the first run the rows are not what an ordinary run has."""
+        if self.compared is not None and rows.frame.name not in self.compared and is_validation_enabled():
+            require_rows_alone(self, model, args, kwargs, guide_trace, rows)
+            self.compared.add(rows.frame.name)
+
+    def _scores(
+        self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows, indices: Tensor | None
+    ) -> list[_Scored]:
+        """The model's sites on some rows, with their log-probabilities unscaled."""
+        given = guide_trace.copy()
+        for name, node in guide_trace.nodes.items():
+            if node["type"] != "sample":
+                continue
+            if name == rows.frame.name and site_is_subsample(node):
+                given.remove_node(name)
+            elif not site_is_subsample(node) and not node["is_observed"]:
+                given.nodes[name] = {**node, "value": _of_rows(node, rows)}
+        own_args, own_kwargs = self._arguments(rows, args, kwargs)
+        handler = _RowsMessenger(self.owner, rows, indices)
+        trace = poutine.trace(handler(poutine.replay(model, trace=given))).get_trace(*own_args, **own_kwargs)
+        for name in self.fixed:
+            if name in trace.nodes:
+                trace.nodes[name]["fn"] = with_fixed_value(trace.nodes[name]["fn"])
+        trace.compute_log_prob(lambda name, node: not site_is_subsample(node))
+        return [self._scored(node, rows) for node in trace.nodes.values() if node["type"] in ("param", "sample")]
+
+    def _scored(self, node: Any, rows: Rows) -> _Scored:
+        if node["type"] == "param" or site_is_subsample(node):
+            return _Scored(node, torch.zeros(()), None, rows, False)
+        if is_validation_enabled():
+            check_site_shape(node, self.nesting)
+        log_prob = node["unscaled_log_prob"]
+        own = [f for f in node["cond_indep_stack"] if f.name == rows.frame.name]
+        frames = tuple(rows.frame if f in own else f for f in node["cond_indep_stack"])
+        scale = node["scale"]
+        for frame in own:  # the rows are no more data than the examples
+            scale = scale * (rows.frame.full_size / rows.frame.size) / (frame.full_size / frame.size)
+        if node["name"] in rows.sites and not own:
+            raise ValueError(
+                f"{self.owner}, site '{node['name']}': expected it in plate '{rows.frame.name}' in the model, as in "
+                f"the guide, got {[f.name for f in node['cond_indep_stack']]}. Use one name, or mode='padded'."
+            )
+        bare = {key: value for key, value in node.items() if key not in _OF_A_RUN}
+        bare.update(cond_indep_stack=frames, scale=scale)
+        return _Scored(bare, log_prob, mask_of(node), rows, bool(own))
+
+    def _arguments(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if self.gather is None:
+            return place(rows.example, rows.sizes[-1], args, kwargs)
+        own_args, own_kwargs = self.gather(rows.example, *args, **kwargs)
+        before = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        for leaf in tree_leaves((own_args, own_kwargs)):
+            if isinstance(leaf, Tensor) and id(leaf) not in before and rows.count not in leaf.shape:
+                raise ValueError(
+                    f"{self.owner}, gather: expected tensors of {rows.count} rows, got shape {tuple(leaf.shape)}. "
+                    "Return (args, kwargs) with x.index_select(dim, index) of what has a row for each example."
+                )
+        return own_args, own_kwargs
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A site of the model on some rows: what is left of its node, and its log-probability."""
+
+    node: Any
+    log_prob: Tensor
+    mask: Tensor | None
+    rows: Rows
+    in_rows: bool
+
+
+class _InSlots(TorchDistribution):
+    """Stands for the distribution of a site whose log-probabilities are known: its shapes."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, batch_shape: torch.Size, fn: Any) -> None:
+        self.has_enumerate_support = getattr(fn, "has_enumerate_support", False)
+        self.has_rsample = getattr(fn, "has_rsample", False)
+        super().__init__(batch_shape, fn.event_shape, validate_args=False)
+
+
+def _in_slots(parts: list[_Scored], guide_trace: Any, nesting: int) -> dict[str, Any]:
+    node = dict(parts[0].node)
+    if node["type"] == "param" or is_subsample(node["fn"]):
+        return node
+    log_prob, mask = parts[0].log_prob, parts[0].mask
+    if parts[0].in_rows:
+        log_prob = _sum([part.rows.scatter(_filled(part.log_prob, part.rows)) for part in parts])
+        if any(part.mask is not None for part in parts):
+            mask = _sum([part.rows.scatter(_filled(_mask_of(part), part.rows)) for part in parts])
+    node.update(
+        fn=_InSlots(log_prob.shape[max(log_prob.dim() - nesting, 0) :], node["fn"]),
+        mask=mask,
+        unscaled_log_prob=log_prob,
+    )
+    if node["name"] in guide_trace.nodes and not node["is_observed"]:
+        node["value"] = guide_trace.nodes[node["name"]]["value"]
+    node["log_prob"] = scale_and_mask(log_prob, node["scale"], mask)
+    node["log_prob_sum"] = node["log_prob"].sum()
+    return node
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Each is zero, or False, where another is not."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total | part if total.dtype == torch.bool else total + part
+    return total
+
+
+def _mask_of(part: _Scored) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=part.log_prob.device) if part.mask is None else part.mask
+
+
+def _filled(value: Tensor, rows: Rows) -> Tensor:
+    """With an element for each row, also where all have the same."""
+    missing = -rows.dim - value.dim()
+    value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
+    shape = list(value.shape)
+    shape[rows.dim] = rows.count
+    return value.expand(shape)
+
+
+def _of_rows(node: Any, rows: Rows) -> Tensor:
+    """A guide site's value for each row, if it is in their plate or depends on a packed site."""
+    value: Tensor = node["value"]
+    event_dim = node["fn"].event_dim
+    inside = any(frame.name == rows.frame.name for frame in node["cond_indep_stack"])
+    varies = any(value.dim() - event_dim >= -dim and value.shape[dim - event_dim] > 1 for dim in rows.dims[:-1])
+    return rows.gather(value, event_dim) if inside or varies else value
+
+
+def _made_again(run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Keeps no graph: the backward pass runs it again."""
+    with set_checkpoint_early_stop(False):
+        result: list[Tensor] = checkpoint(run, use_reentrant=False)
+    return result
+
+
+class _RowsMessenger(Messenger):
+    """In a model: its plate has a row where the guide's has an example."""
+
+    def __init__(self, owner: str, rows: Rows, indices: Tensor | None) -> None:
+        super().__init__()
+        self.owner, self.rows = owner, rows
+        self.indices = torch.arange(rows.sizes[-1], device=rows.index.device) if indices is None else indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_subsample(msg["fn"]) or msg["name"] != self.rows.frame.name:
+            return
+        rows, given, asked = self.rows, msg["value"], msg["fn"].subsample_size
+        if asked is not None and asked != rows.count:
+            raise ValueError(
+                f"{self.owner}, plate '{msg['name']}': expected as many elements as there are rows, got "
+                f"subsample_size={asked}, a number that is not the data's. Use subsample_size=len(x), x an argument."
+            )
+        if given is not None:
+            if len(given) != rows.count:  # indices that are no argument
+                msg["value"] = given[rows.example]
+        elif msg["fn"].size == rows.count:
+            msg["value"] = torch.arange(rows.count, device=self.indices.device)
+        else:
+            msg["value"] = self.indices[rows.example]
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self._take_rows(msg)
+
+    def _pyro_post_subsample(self, msg: Any) -> None:
+        self._take_rows(msg)
+
+    def _take_rows(self, msg: Any) -> None:
+        """Of what has an element for each datum in this plate, before the plate takes its subsample."""
+        event_dim = msg["kwargs"].get("event_dim")
+        frames = [f for f in msg["cond_indep_stack"] if f.name == self.rows.frame.name and f.dim is not None]
+        if event_dim is None or not frames:
+            return
+        value, dim = msg["value"], frames[0].dim - event_dim
+        if value.dim() < -dim or value.shape[dim] == 1:
+            return
+        if value.shape[dim] != self.rows.count:
+            msg["value"] = value.index_select(dim, self.indices[self.rows.example].to(value.device))
+        msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
+
+
+def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
+    """
+    Raises if on packed rows the model has other log-probabilities than in an ordinary run, with one outcome for each
+    example, where no noise reaches. A model that runs on rows only is not compared.
+    """
+    each = rows.last_of_each()
+    given = guide_trace.copy()
+    for name, node in guide_trace.nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node) and not node["is_observed"]:
+            given.nodes[name] = {**node, "value": _of_rows(node, each)}
+    with undisturbed(), poutine.block(), evaluated(DROPOUT):
+
+        def ordinary() -> Any:
+            again()
+            trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+            return trace.nodes
+
+        again = dims_as_now()
+        try:
+            nodes, same = ordinary(), ordinary()
+        except Exception:  # it is for rows only: it may branch on a value
+            return
+        again()
+        packed = on.run(model, args, kwargs, guide_trace, rows)[0].nodes
+        again()
+        differing = []
+        for name, node in nodes.items():
+            if node["type"] != "sample" or site_is_subsample(node):
+                continue
+            got = packed[name]["log_prob"] if name in packed else torch.full((), torch.nan)
+            inside = any(frame.name == rows.frame.name for frame in node["cond_indep_stack"])
+            got = each.gather(got) if inside and name in packed else got
+            if close(node["log_prob"], same[name]["log_prob"]) and not close(got, node["log_prob"]):
+                differing.append(name)
+    if differing:
+        raise ValueError(
+            f"{on.owner}, plate '{rows.frame.name}': expected a model whose rows do not see each other, got other "
+            f"log-probabilities at {differing} on packed rows than on the batch. {ON_ROWS} (This is checked once, "
+            "under validation; check=False leaves it out.)"
+        )
