@@ -17,7 +17,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
-from pyro_sparse.estimators import VIMCO, Estimator
+from pyro_sparse.estimators import VIMCO, Estimator, Exact
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.names import check_names
@@ -117,6 +117,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
+        self._rows_compared: set[str] = set()  # plates whose packed rows were the same as in an ordinary run
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
@@ -234,7 +235,8 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
-        if is_validation_enabled() and not self._compared:
+        on_rows = any(isinstance(e, Exact) and e.mode == "packed" for e in estimators.values())  # compared by themselves
+        if is_validation_enabled() and not self._compared and not on_rows:
             require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
 
@@ -279,7 +281,8 @@ class EstimatorELBO(ELBO, nn.Module):
             particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
             guide, model = particles(guide), particles(model)
         find, nesting, watched = self.assignment.find, self.max_plate_nesting, self.costs == "graph"
-        program = Program(model, guide, args, kwargs, find, count_plates, nesting, alone, watched)
+        compared = self._rows_compared
+        program = Program(model, guide, args, kwargs, find, count_plates, nesting, alone, watched, compared)
         reader = Reader(find, self.assignment.find_for_score, self.analytic_kl)
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:

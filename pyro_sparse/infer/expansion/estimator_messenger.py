@@ -62,6 +62,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         self.slots: dict[str, Slots] = {}
         self.laws: dict[str, Any] = {}  # of sites with slots: what those were drawn from
         self.num_laid_out = 0
+        self.packed: dict[str, Exact] = {}  # sites whose outcomes are rows for the model
         self.relaxed: list[str] = []  # sites with values between the outcomes
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
 
@@ -110,6 +111,10 @@ class EstimatorMessenger(SparseEnumMessenger):
                 self.relaxed.append(name)
         else:
             require_outcomes("Exact", self._site(msg, law(msg["fn"])))
+            self.layout = layouts.union if estimator.mode == "union" else layouts.padded
+            self.max_support = estimator.max_support
+            if estimator.mode == "packed":
+                self.packed[name] = estimator
         # Without the options that would make the stock messenger sample.
         infer = {key: value for key, value in msg["infer"].items() if key not in ("num_samples", "tmc")}
         msg["infer"] = {**infer, "enumerate": "parallel"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.expansion.estimator_messenger import EstimatorMessenger
 from pyro_sparse.infer.expansion.messengers import ModelEnumMessenger, PlatesUnknownError
+from pyro_sparse.infer.expansion.rows import Rows, rows_of
 from pyro_sparse.infer.expansion.views import LinearLogProbs
 from pyro_sparse.infer.refusals import smooth_sites
-from pyro_sparse.infer.runs.explanations import Alone, Several, explained
+from pyro_sparse.infer.runs.explanations import Alone, Several, explained, explained_on_rows
+from pyro_sparse.infer.runs.on_rows import OnRows
 from pyro_sparse.infer.runs.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.runs.traces import Traces, compute_log_probs
 
@@ -32,6 +34,7 @@ class Program:
         nesting: that number; infinite where it is not known yet.
         alone: the same without a plate of particles around guide and model.
         watched: whether what depends on which draw is noted down.
+        compared: plates whose packed rows were compared with an ordinary run; gets those that are.
     """
 
     model: Any
@@ -43,6 +46,7 @@ class Program:
     nesting: float
     alone: Alone
     watched: bool = False
+    compared: set[str] | None = None
 
     def run(
         self,
@@ -67,7 +71,8 @@ class Program:
                 stack.enter_context(provenance.watching())
             try:
                 with self._explained(tracer, messenger):
-                    model_trace, guide_trace = self._traces(tracer, messenger, provenance)
+                    guide_trace = self._guide_trace(tracer, provenance)
+                    model_trace, rows, ran_on = self._model_trace(guide_trace, messenger)
                     names = guide_trace.nodes.items()
                     indices = {name: node["value"] for name, node in names if site_is_subsample(node)}
                     compute_log_probs(
@@ -78,18 +83,40 @@ class Program:
                 begun = tracer.msngr.trace  # else the branches that lead to slots would be drawn less often
                 wrap = wrap or (lambda guide: guide)
                 return self.run(kind, subsamples, lambda guide: poutine.replay(wrap(guide), trace=begun))
-        return Traces(model_trace, guide_trace, messenger, indices, self, provenance)
+        return Traces(model_trace, guide_trace, messenger, indices, self, provenance, rows, ran_on)
 
-    def _traces(self, tracer: Any, messenger: EstimatorMessenger, provenance: Provenance | None) -> tuple[Any, Any]:
-        with ExitStack() as stack:
-            if provenance is not None:
-                stack.enter_context(LabelDraws(provenance))
-            guide_trace = tracer.get_trace(*self.args, **self.kwargs)
+    def _guide_trace(self, tracer: Any, provenance: Provenance | None) -> Any:
+        with nullcontext() if provenance is None else LabelDraws(provenance):
+            return tracer.get_trace(*self.args, **self.kwargs)
+
+    def _model_trace(self, guide_trace: Any, messenger: EstimatorMessenger) -> tuple[Any, Rows | None, int | None]:
+        """The model's trace; the packed rows and their number, if it ran on such."""
         sites = [name for name, node in guide_trace.nodes.items() if node["type"] == "sample"]
-        enumerated = ModelEnumMessenger(self.nesting, sites)(self.model)
-        model = poutine.replay(enumerated, trace=guide_trace)
+        model = ModelEnumMessenger(self.nesting, sites)(self.model)
         model = LinearLogProbs(messenger.relaxed)(model) if messenger.relaxed else model
-        return poutine.trace(model).get_trace(*self.args, **self.kwargs), guide_trace
+        if (on := self._on_rows(messenger)) is not None:
+            rows = rows_of("EstimatorELBO", guide_trace, messenger.packed)
+            if rows is not None:
+                with explained_on_rows(self.alone, rows.frame.name):
+                    on.check_once(model, self.args, self.kwargs, guide_trace, rows)
+                    model_trace, ran_on = on.run(model, self.args, self.kwargs, guide_trace, rows)
+                return model_trace, rows, ran_on
+        model = poutine.replay(model, trace=guide_trace)
+        return poutine.trace(model).get_trace(*self.args, **self.kwargs), None, None
+
+    def _on_rows(self, messenger: EstimatorMessenger) -> OnRows | None:
+        """How the model is run on packed rows, if it is."""
+        if not messenger.packed:
+            return None
+        options = {(e.chunk_rows, e.gather, e.check) for e in messenger.packed.values()}
+        if len(options) > 1:
+            raise ValueError(
+                f"EstimatorELBO, site {' or '.join(map(repr, messenger.packed))}: expected the same chunk_rows, gather "
+                "and check at all packed sites, which share their rows, got several. Use one Exact(...) for all."
+            )
+        [(chunk_rows, gather, check)] = options
+        compared = self.compared if check else None
+        return OnRows("EstimatorELBO", int(self.nesting), chunk_rows, gather, compared, messenger.split)
 
     def _explained(self, tracer: Any, messenger: EstimatorMessenger) -> AbstractContextManager[None]:
         """Around runs of guide and model."""

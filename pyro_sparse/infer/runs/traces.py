@@ -13,6 +13,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyro_sparse.infer.expansion.estimator_messenger import EstimatorMessenger
+from pyro_sparse.infer.expansion.rows import Rows
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import Frame
 from pyro_sparse.infer.runs.provenance import Provenance
@@ -29,6 +30,7 @@ class Traces:
         subsamples: the indices of the plates.
         program: what was run.
         provenance: what watched the run; None if nothing did.
+        rows: the packed rows that the model ran on, and how many in all; None if it ran on slots.
     """
 
     model: Any
@@ -37,6 +39,8 @@ class Traces:
     subsamples: Mapping[str, Tensor]
     program: Any
     provenance: Provenance | None = None
+    rows: Rows | None = None
+    ran_on: int | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:

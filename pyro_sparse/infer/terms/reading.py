@@ -127,6 +127,11 @@ class Reader:
         """The KL divergence of each site that has a closed form, if asked for; in any case where it must have one."""
         required, split = traces.expansion.reparameterized, traces.expansion.split
         names = traces.guide.stochastic_nodes if self.analytic_kl else required
+        if names and traces.rows is not None:
+            raise ValueError(
+                f"EstimatorELBO, site '{names[0]}': expected no closed-form KL divergence beside packed rows, of which "
+                "the prior is known there only, got one. Leave analytic_kl out, or use Exact(mode='padded')."
+            )
         circular: frozenset[str] = frozenset()
         if (names or split) and not same_order(traces.model, traces.guide):
             circular = priors_that_see_their_draws(traces.program, traces.guide, traces.subsamples)
