@@ -22,6 +22,7 @@ from pyro_sparse.infer.bound import importance_bound
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.estimator_messenger import PARTICLES
 from pyro_sparse.infer.explanations import Alone, Several, explained, require_row_by_row
+from pyro_sparse.infer.masked_rows import MaskedRows
 from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.program import Program, Run, ScoreSite
 from pyro_sparse.infer.refusals import refuse_guide_messenger
@@ -59,7 +60,8 @@ class EstimatorELBO(ELBO, nn.Module):
     with the baseline that its name or ``"*"`` is given. Else it is a cost with a derivative of its own. A cost that
     depends on noise, such as a loss on augmented data, is to say ``has_rsample=True``.
 
-    Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Under Pyro's
+    Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Masked rows of a
+    sparse site with ``Exact`` take one outcome, unless a term that is not masked depends on them. Under Pyro's
     validation the first run on several values at once is compared with runs on each.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
@@ -116,6 +118,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
         self._compared = False  # whether the program was the same on several values at once as on each alone
+        self._rows = MaskedRows()
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
@@ -277,7 +280,7 @@ class EstimatorELBO(ELBO, nn.Module):
             guide, model = particles(guide), particles(model)
         find, find_for_score = self.assignment.find, self.assignment.find_for_score
         program = Program(model, guide, args, kwargs, find, find_for_score, count_plates, self.max_plate_nesting, alone)
-        program.analytic_kl, program.graph = self.analytic_kl, self.costs == "graph"
+        program.analytic_kl, program.graph, program.rows = self.analytic_kl, self.costs == "graph", self._rows
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
             result = program.run(kind, subsamples, wrap)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
 from pyro_sparse.infer import layouts
 from pyro_sparse.infer.costs import Frame
 from pyro_sparse.infer.law import law, padded_law
-from pyro_sparse.infer.messenger import SparseEnumMessenger, enumerate_values
+from pyro_sparse.infer.masked_rows import MaskedRowsMessenger
+from pyro_sparse.infer.messenger import enumerate_values
 from pyro_sparse.infer.relaxed import with_linear_log_prob
 
 
@@ -29,7 +30,7 @@ class PlatesUnknownError(Exception):
 PARTICLES = "num_particles_vectorized"  # the plate that pyro.infer.ELBO puts around vectorised particles
 
 
-class EstimatorMessenger(SparseEnumMessenger):
+class EstimatorMessenger(MaskedRowsMessenger):
     """
     Lays out slots in dims of their own, as enumeration does, where a site's estimator draws them.
 
@@ -39,6 +40,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         args, kwargs: the guide's arguments, which baselines may see.
         subsamples: the indices that plates are to reuse.
         kind: "mode" puts each score-function site without slots at its mode.
+        whole: the sites with :class:`Exact` whose masked rows take all their outcomes; None for all.
     """
 
     owner = "EstimatorELBO"
@@ -51,10 +53,11 @@ class EstimatorMessenger(SparseEnumMessenger):
         kwargs: Mapping[str, Any],
         subsamples: Mapping[str, Tensor] | None = None,
         kind: str = "draw",
+        whole: Collection[str] | None = None,
     ) -> None:
         self.knows_plates = nesting != float("inf")
         finite = int(nesting) if self.knows_plates else 0
-        super().__init__(layouts.padded, finite, first_available_dim=-1 - finite)
+        super().__init__(layouts.padded, finite, first_available_dim=-1 - finite, whole=whole)
         self.find = find
         self.args, self.kwargs = args, kwargs
         self.fixed = dict(subsamples or {})
@@ -72,6 +75,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         self.slots: dict[str, Slots] = {}
         self.laws: dict[str, Any] = {}  # of sites with slots: what those were drawn from
         self.num_laid_out = 0
+        self.masked, self.narrowed = False, {}
         self.relaxed: list[str] = []  # sites with values between the outcomes
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
 

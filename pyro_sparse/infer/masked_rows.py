@@ -7,8 +7,9 @@ is enumerated in full.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,35 @@ from torch import Tensor
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer.dependencies import with_ancestors
 from pyro_sparse.infer.messenger import SparseEnumMessenger
+from pyro_sparse.infer.undisturbed import rewindable
+
+Terms = Mapping[str, Tensor]
+
+
+@dataclass
+class MaskedRows:
+    """What an ELBO has learned of a program's masked rows."""
+
+    whole: set[str] = field(default_factory=set)  # sites whose masked rows matter
+    narrows: bool = True  # whether the last run might have left some out: the next one may have to be done again
+
+    def around(self) -> AbstractContextManager[Callable[[], None]]:
+        """Around such a run; gives what puts back what it has moved: what is drawn is drawn once."""
+        return rewindable() if self.narrows else nullcontext(lambda: None)
+
+    def found(self, messenger: MaskedRowsMessenger, traces: Iterable[tuple[Any, Any]], terms: Terms) -> bool:
+        """
+        Whether a run has to be done again, since masked rows that it left out do matter.
+
+        Args:
+            messenger: around the guide.
+            traces: of guide and model.
+            terms: what stands for the log-probabilities of sites that have none.
+        """
+        self.narrows, narrowed = messenger.masked, messenger.narrowed
+        seen = set().union(*(reaching_unmasked(narrowed, q, p, terms) for q, p in traces)) if narrowed else set()
+        self.whole |= seen
+        return bool(seen)
 
 
 class MaskedRowsMessenger(SparseEnumMessenger):
@@ -25,17 +55,19 @@ class MaskedRowsMessenger(SparseEnumMessenger):
     :class:`SparseEnumMessenger` for a guide, which enumerates a single outcome, with weight one, in masked rows.
 
     Args:
-        whole: the sites to be enumerated in full all the same.
+        whole: the sites to be enumerated in full all the same; None for all.
         args, kwargs: those of :class:`SparseEnumMessenger`.
     """
 
-    def __init__(self, *args: Any, whole: set[str], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, whole: Collection[str] | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.whole = whole
+        self.masked = False  # whether a site that might have been narrowed had a mask
         self.narrowed: dict[str, Tensor] = {}  # the mask of each site that has been
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["done"] and not msg["is_observed"] and msg["name"] not in self.whole and self._enumerates(msg):
+        latent = not msg["done"] and not msg["is_observed"]
+        if latent and self.whole is not None and msg["name"] not in self.whole and self._enumerates(msg):
             self._narrow(msg)
         super()._pyro_sample(msg)
 
@@ -43,7 +75,10 @@ class MaskedRowsMessenger(SparseEnumMessenger):
         fn: SparseDistribution = msg["fn"]
         mask = mask_of(msg)
         mask = None if mask is None else mask.to(fn.support_size.device)
-        if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape or bool(mask.all()):
+        if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape:
+            return
+        self.masked = True
+        if bool(mask.all()):
             return
         msg["fn"] = fn.narrowed(mask)
         if msg["fn"] is not fn:
@@ -59,7 +94,7 @@ class MaskedRowsMessenger(SparseEnumMessenger):
         return _with_another(values, fn) if len(values) == 1 and fn.num_outcomes > 1 else values
 
 
-def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_trace: Any) -> set[str]:
+def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_trace: Any, terms: Terms) -> set[str]:
     """
     Those of the sites whose masked rows are seen by a term that is not masked there: by itself, or through other latent
     sites, whose probabilities depend on what is drawn there though they are masked, too.
@@ -70,20 +105,21 @@ def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_tr
     for name, node in nodes:
         if (dim := node["infer"].get("_enumerate_dim")) is not None:
             own.setdefault(name, dim)
-    return {name for name, mask in narrowed.items() if _is_seen(name, mask, nodes, own)}
+    found = [(name, node, node["log_prob"] if "log_prob" in node else terms[name]) for name, node in nodes]
+    return {name for name, mask in narrowed.items() if _is_seen(name, mask, found, own)}
 
 
-def _is_seen(site: str, mask: Tensor, nodes: list[tuple[str, Any]], own: Mapping[str, int]) -> bool:
-    latent = [(name, node) for name, node in nodes if not node["is_observed"]]
+def _is_seen(site: str, mask: Tensor, nodes: list[tuple[str, Any, Tensor]], own: Mapping[str, int]) -> bool:
+    latent = [(name, node, term) for name, node, term in nodes if not node["is_observed"]]
     children = {
-        dim: frozenset(own[name] for name, node in latent if name in own and _varies(node["log_prob"], {dim}))
+        dim: frozenset(own[name] for name, _, term in latent if name in own and _varies(term, {dim}))
         for dim in own.values()
     }
     dims = with_ancestors({own[site]}, children)
-    return any(_varies(node["log_prob"], dims) and _sees(node, mask) for _, node in nodes) or any(
+    return any(_varies(term, dims) and _sees(node, mask) for _, node, term in nodes) or any(
         # Those without a dim of their own show whether they were drawn once for each outcome.
-        _varies(node["log_prob"], dims) and not _varies(node["value"], dims, node["fn"].event_dim)
-        for name, node in latent
+        _varies(term, dims) and not _varies(node["value"], dims, node["fn"].event_dim)
+        for name, node, term in latent
         if name not in own
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from pyro_sparse.infer.estimator_messenger import EstimatorMessenger, PlatesUnkn
 from pyro_sparse.infer.explanations import Alone, Several, explained
 from pyro_sparse.infer.factors import sites_of_own_draws
 from pyro_sparse.infer.law import law
-from pyro_sparse.infer.masked_rows import mask_within
+from pyro_sparse.infer.masked_rows import MaskedRows, mask_within
 from pyro_sparse.infer.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.relaxed import LinearLogProbs, not_relaxed, smooth_sites
 from pyro_sparse.infer.terms import (
@@ -168,6 +168,7 @@ class Program:
         alone: the same without a plate of particles around guide and model.
         analytic_kl: whether closed-form KL divergences stand for log-probabilities.
         graph: whether a site's cost has only the terms that depend on its draw.
+        rows: what is known of masked rows.
     """
 
     model: Any
@@ -181,6 +182,7 @@ class Program:
     alone: Alone
     analytic_kl: bool = False
     graph: bool = False
+    rows: MaskedRows = field(default_factory=MaskedRows)
 
     def run(
         self,
@@ -196,13 +198,16 @@ class Program:
             subsamples: the indices that plates are to reuse.
             wrap: goes around the guide, outside of what draws the slots.
         """
-        messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind)
+        # Of a run for one outcome of others there is no second.
+        whole = self.rows.whole if wrap is None else None
+        messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind, whole)
         guide = messenger(self.guide)
         tracer = poutine.trace(guide if wrap is None else wrap(guide))
         provenance = Provenance() if self.graph else None
         with ExitStack() as stack:
             if provenance is not None:
                 stack.enter_context(provenance.watching())
+            put_back = stack.enter_context(self.rows.around())
             try:
                 with self._explained(tracer, messenger):
                     model_trace, guide_trace = self._traces(tracer, messenger, provenance)
@@ -223,6 +228,10 @@ class Program:
                     f"{type(messenger.estimators[name]).__name__}, got 'graph'. Leave costs out."
                 )
             kls = self._analytic_kls(model_trace, guide_trace, messenger, indices)
+            if again := wrap is None and self.rows.found(messenger, [(guide_trace, model_trace)], kls):
+                put_back()
+        if again:
+            return self.run(kind, subsamples)
         return self._read(model_trace, guide_trace, messenger, indices, kls, provenance)
 
     def _traces(self, tracer: Any, messenger: EstimatorMessenger, provenance: Provenance | None) -> tuple[Any, Any]:

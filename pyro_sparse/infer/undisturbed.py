@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -86,10 +86,10 @@ def no_new_parameters() -> Iterator[None]:
 
 
 @contextmanager
-def rewindable(buffers: bool) -> Iterator[Callable[[], None]]:
+def rewindable() -> Iterator[Callable[[], None]]:
     """
-    For a run that may have to be done again: gives what puts the generators of torch (CPU and GPUs), Python and numpy
-    back to where they were; with ``buffers``, also those of the modules called until then.
+    For a run that may have to be done again: gives what puts back the state of the generators of torch (CPU and GPUs),
+    Python and numpy, and the buffers of the modules called until then.
     """
     state = pyro.util.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -113,7 +113,7 @@ def rewindable(buffers: bool) -> Iterator[Callable[[], None]]:
                     if not torch.equal(x, value):
                         x.copy_(value)
 
-    with before_every_forward(before_forward) if buffers else nullcontext():
+    with before_every_forward(before_forward):
         yield put_back
 
 
