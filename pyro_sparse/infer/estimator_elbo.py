@@ -28,6 +28,7 @@ from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.bound import importance_bound
+from pyro_sparse.infer.terms.masked import MaskedRows
 from pyro_sparse.infer.terms.reading import Reader
 from pyro_sparse.infer.terms.scores import Run, ScoreSite
 
@@ -61,7 +62,8 @@ class EstimatorELBO(ELBO, nn.Module):
     with the baseline that its name or ``"*"`` is given. Else it is a cost with a derivative of its own. A cost that
     depends on noise, such as a loss on augmented data, is to say ``has_rsample=True``.
 
-    Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Under Pyro's
+    Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Masked rows of a
+    sparse site with ``Exact`` take one outcome, unless a term that is not masked depends on them. Under Pyro's
     validation the first run on several values at once is compared with runs on each.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
@@ -119,6 +121,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self._ready = False
         self._rows_compared: set[str] = set()  # plates whose packed rows were the same as in an ordinary run
         self._compared = False  # whether the program was the same on several values at once as on each alone
+        self._rows = MaskedRows()
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
@@ -235,7 +238,9 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
-        on_rows = any(isinstance(e, Exact) and e.mode == "packed" for e in estimators.values())  # compared by themselves
+        on_rows = any(
+            isinstance(e, Exact) and e.mode == "packed" for e in estimators.values()
+        )  # compared by themselves
         if is_validation_enabled() and not self._compared and not on_rows:
             require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
@@ -286,7 +291,16 @@ class EstimatorELBO(ELBO, nn.Module):
         reader = Reader(find, self.assignment.find_for_score, self.analytic_kl)
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
-            result = reader.read(program.run(kind, subsamples, wrap))
+            whole = self._rows.whole if wrap is None else None  # of a run for one outcome of others there is no second
+            with self._rows.around() as put_back:
+                traces = program.run(kind, subsamples, wrap, whole)
+                kls = reader.divergences(traces)
+                again = whole is not None and self._rows.found(traces.expansion, [(traces.guide, traces.model)], kls)
+                if again:
+                    put_back()
+            if again:
+                return run()
+            result = reader.read(traces, kls)
             self.assignment.serve()
             return result
 

@@ -34,9 +34,9 @@ from pyro_sparse.infer.runs.explanations import Alone, Several, explained, requi
 from pyro_sparse.infer.runs.on_rows import OnRows
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.together import evaluated
-from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, rewindable, undisturbed
+from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.factors import as_costs
-from pyro_sparse.infer.terms.masked import reaching_unmasked
+from pyro_sparse.infer.terms.masked import MaskedRows
 
 _NO_JIT = "Tracing would freeze the support of the first batch; run it eagerly."
 
@@ -99,8 +99,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self.check = check
         self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
         self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
-        self._whole: set[str] = set()  # sites whose masked rows matter
-        self._narrows = True  # whether the last run left others out: the next one may have to be done again
+        self._rows = MaskedRows()
         self._record: StepRecord | None = None
         self._ran_on: int | None = None  # how many packed rows
         self._rows_compared: set[str] = set()  # plates whose rows were the same as in an ordinary run
@@ -161,7 +160,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         """For the guide and for the model, whose dims lie to the left of the guide's."""
         nesting = int(self.max_plate_nesting)
         guide_enum = MaskedRowsMessenger(
-            layout, nesting, max_support=self.max_support, first_available_dim=-1 - nesting, whole=self._whole
+            layout, nesting, max_support=self.max_support, first_available_dim=-1 - nesting, whole=self._rows.whole
         )
         model_enum = SparseEnumMessenger(layout, nesting, max_support=self.max_support, guide_sites=guide_enum.visited)
         return guide_enum, model_enum
@@ -186,23 +185,18 @@ class SparseEnumELBO(TraceEnum_ELBO):
     ) -> Iterator[Any]:
         """The traces of one particle: one, or one for each outcome of the sites enumerated sequentially."""
         guide_enum, model_enum = self._messengers(layout)
-        seen: set[str] = set()
-        with rewindable(buffers=self._narrows) as put_back:
+        with self._rows.around() as put_back:
             pairs = self._traces(guide_enum, model_enum, model, guide, alone)
-            first = next(pairs)
-            self._narrows = bool(guide_enum.narrowed)
+            traces = [next(pairs)]
             if guide_enum.narrowed:  # what the terms depend on is known once they are there
-                traces = [first, *pairs]
-                pairs, first = iter(traces[1:]), traces[0]
-                seen = seen.union(*(reaching_unmasked(guide_enum.narrowed, q, p) for p, q in traces))
-            if seen:
-                put_back()  # what was drawn is drawn once, and a batch normalisation moves once
-        if seen:
-            self._whole |= seen
+                traces += pairs
+            if again := self._rows.found(guide_enum, [(q, p) for p, q in traces], {}):
+                put_back()
+        if again:
             yield from self._enumerate(layout, record, model, guide, alone)
             return
         self._check_rows(alone, guide_enum, model_enum)
-        for model_trace, guide_trace in itertools.chain([first], pairs):
+        for model_trace, guide_trace in itertools.chain(traces, pairs):
             sites = {**guide_enum.sites, **model_enum.sites}
             self._warn_unread_options(guide_trace)
             if not sites and guide_trace.stochastic_nodes:

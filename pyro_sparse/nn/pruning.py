@@ -5,40 +5,50 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from pyro_sparse.nn.gates import Gate
 from pyro_sparse.nn.l0 import L0Linear, smaller_linear
-from pyro_sparse.nn.l0_convolutions import L0Conv2d, smaller_conv
+from pyro_sparse.nn.l0_convolutions import L0Conv1d, L0Conv2d, smaller_conv
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _SIZES = (16, 64)  # of maps on which a module is tried
 
 
 class _Layer(NamedTuple):
     """A layer with its gates' fixed values multiplied into its weights."""
 
-    module: nn.Linear | nn.Conv2d
+    module: nn.Linear | nn.Conv1d | nn.Conv2d
     weight: Tensor
     bias: Tensor | None
     open_inputs: Tensor
     open_outputs: Tensor
 
     @property
-    def has_maps(self) -> bool:
-        return isinstance(self.module, nn.Conv2d)
+    def dims(self) -> int:
+        """Of its feature maps; none where it is linear."""
+        return _dims(self.module)
 
     @property
     def pads(self) -> bool:
-        return isinstance(self.module, nn.Conv2d) and self.module.padding not in ((0, 0), "valid")
+        padding = getattr(self.module, "padding", "valid")
+        return padding != "valid" and padding != (0,) * self.dims
 
     def smaller(self, inputs: Tensor, outputs: Tensor) -> nn.Module:
         weight = self.weight[outputs][:, inputs]
         bias = None if self.bias is None else self.bias[outputs]
-        if isinstance(self.module, nn.Conv2d):
-            return smaller_conv(self.module, nn.Conv2d, weight, bias)
-        return smaller_linear(self.module, weight, bias)
+        if isinstance(self.module, nn.Linear):
+            return smaller_linear(self.module, weight, bias)
+        return smaller_conv(self.module, nn.Conv1d if self.dims == 1 else nn.Conv2d, weight, bias)
+
+
+def _dims(layer: nn.Module) -> int:
+    return 0 if isinstance(layer, nn.Linear) else 1 if isinstance(layer, nn.Conv1d) else 2
 
 
 @torch.no_grad()
@@ -52,19 +62,20 @@ def prune(network: nn.Sequential) -> tuple[nn.Sequential, Tensor]:
     the weights. The last layer keeps its outputs.
 
     Args:
-        network: an ``nn.Sequential`` of :class:`L0Linear`, :class:`L0Conv2d`, ``nn.Linear`` and ``nn.Conv2d`` (without
-            groups), an ``nn.Flatten`` of each image where they become linear, anything after the last, and between
-            them modules that treat each unit, or each feature map, by itself: activations, dropout, pooling,
-            ``nn.BatchNorm2d`` with the statistics of ``eval()`` mode, ... They are tried on random numbers. The network
-            is left as it is; names, modes and what requires a gradient stay.
+        network: an ``nn.Sequential``, which may have others in it, of :class:`L0Linear`, :class:`L0Conv1d` and
+            :class:`L0Conv2d`, ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` (without groups), an ``nn.Flatten`` of
+            each image where they become linear, anything after the last, and between them modules that treat each
+            unit, or each feature map, by itself: activations, dropout, pooling, ``nn.BatchNorm2d`` with the statistics
+            of ``eval()`` mode, ... They are tried on random numbers. The network is left as it is; names, modes and
+            what requires a gradient stay.
 
     Returns:
         The smaller network, and the indices of the inputs (features, or channels of images) that it keeps, in order:
         ``smaller(x[:, kept])`` is ``network.eval()(x)``, up to rounding.
 
     Raises:
-        TypeError: for a module between layers that mixes units; it is named.
-        ValueError: for a network without layers, with groups, or where no feature map is open.
+        TypeError: for a module between layers that mixes units, or a gate by itself; it is named.
+        ValueError: for a network without layers, with groups, not yet run, or where no feature map is open.
 
     Example::
 
@@ -89,32 +100,60 @@ def prune(network: nn.Sequential) -> tuple[nn.Sequential, Tensor]:
     2018, §2.4 and §4.1.
     """
     if not isinstance(network, nn.Sequential):
-        raise TypeError(f"prune: expected an nn.Sequential, got {type(network).__name__}. Prune its parts in turn.")
-    places = [i for i, module in enumerate(network) if isinstance(module, (nn.Linear, nn.Conv2d))]
+        raise TypeError(
+            f"prune: expected an nn.Sequential, got {type(network).__name__}. Put it into one, or prune its parts."
+        )
+    modules = dict(_flat(network))
+    names, parts = [*modules], [*modules.values()]
+    places = [i for i, module in enumerate(parts) if isinstance(module, _LAYERS)]
     if not places:
-        raise ValueError(f"prune: expected a network with layers, got {network}. Give it an L0Linear or L0Conv2d.")
-    layers = [_with_gates_multiplied_in(f"module {i}", network[i]) for i in places]
+        raise ValueError(
+            "prune: expected a network with layers, L0Linear, L0Conv1d, L0Conv2d or ordinary ones of these kinds, got "
+            f"{[type(module).__name__ for module in parts]}. Give it one."
+        )
+    layers = [_with_gates_multiplied_in(f"module {names[i]}", parts[i]) for i in places]
     kept_inputs = layers[0].open_inputs.nonzero()[:, 0]
-    smaller: list[nn.Module] = [copy.deepcopy(module) for module in network]
+    smaller: list[nn.Module] = [copy.deepcopy(module) for module in parts]
     start = _Chain.into(layers[0])
-    start.run(network, -1, places[0])
+    start.run(names, parts, -1, places[0])
     start.cut(smaller, kept_inputs)
     inputs = kept_inputs
     for n, (place, layer) in enumerate(zip(places, layers, strict=True)):
         if n + 1 < len(layers):
             chain = _Chain.out_of(layer, len(layers[n + 1].open_inputs))
-            chain.run(network, place, places[n + 1])
-            names = f"modules {place} and {places[n + 1]}"
-            outputs, next_inputs, layers[n + 1] = _interface(names, layer, layers[n + 1], chain)
+            chain.run(names, parts, place, places[n + 1])
+            between = f"modules {names[place]} and {names[places[n + 1]]}"
+            outputs, next_inputs, layers[n + 1] = _interface(between, layer, layers[n + 1], chain)
             chain.cut(smaller, outputs)
         else:
             outputs, next_inputs = torch.arange(len(layer.weight), device=layer.weight.device), inputs
         smaller[place] = layers[n].smaller(inputs, outputs)
         inputs = next_inputs
-    names_of = [name for name, _ in network.named_children()]
-    result = nn.Sequential(OrderedDict(zip(names_of, smaller, strict=True)))
-    result.training = network.training  # of the container alone: its parts have their own
-    return result, kept_inputs
+    return _rebuilt(network, iter(smaller)), kept_inputs
+
+
+def _flat(network: nn.Sequential, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of all levels, by their paths, in order."""
+    for name, module in network._modules.items():  # named_children() leaves out what is there twice
+        assert module is not None
+        if _is_plain(module):
+            yield from _flat(module, f"{path}{name}.")
+        else:
+            yield path + name, module
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _rebuilt(network: nn.Sequential, parts: Iterator[nn.Module]) -> nn.Sequential:
+    """The same levels and names, with other modules."""
+    children: Any = network._modules
+    new = nn.Sequential(
+        OrderedDict((n, _rebuilt(m, parts) if _is_plain(m) else next(parts)) for n, m in children.items())
+    )
+    new.training = network.training  # of the container alone: its parts have their own
+    return new
 
 
 class _Chain:
@@ -123,43 +162,39 @@ class _Chain:
     of those that a closed gate makes zero.
     """
 
-    def __init__(self, constant: Tensor, maps: bool, inputs: int, like: Tensor) -> None:
+    def __init__(self, constant: Tensor, dims: int, inputs: int, like: Tensor) -> None:
         self.constant = constant  # of each unit; NaN if it is not
-        self.maps, self.inputs, self.like = maps, inputs, like
+        self.dims, self.inputs, self.like = dims, inputs, like
         self.per_output = 1
         self.stages: list[tuple[int, int]] = []  # places of modules, and how many units there are for an output
 
     @classmethod
     def into(cls, layer: _Layer) -> _Chain:
         inputs = len(layer.open_inputs)
-        return cls(layer.weight.new_full((inputs,), math.nan), layer.has_maps, inputs, layer.weight)
+        return cls(layer.weight.new_full((inputs,), math.nan), layer.dims, inputs, layer.weight)
 
     @classmethod
     def out_of(cls, layer: _Layer, inputs: int) -> _Chain:
         constant = layer.weight.new_zeros(len(layer.open_outputs)).masked_fill(layer.open_outputs, math.nan)
-        return cls(constant, layer.has_maps, inputs, layer.weight)
+        return cls(constant, layer.dims, inputs, layer.weight)
 
-    def run(self, network: nn.Sequential, first: int, second: int) -> None:
+    def run(self, names: list[str], parts: list[nn.Module], first: int, second: int) -> None:
         for i in range(first + 1, second):
-            module = network[i]
-            if self.maps and isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+            module = parts[i]
+            if self.dims and isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
                 self.per_output, rest = divmod(self.inputs, len(self.constant))
                 if rest:
                     break  # the sizes will be refused
-                self.constant, self.maps = self.constant.repeat_interleave(self.per_output), False
+                self.constant, self.dims = self.constant.repeat_interleave(self.per_output), 0
             elif not self._passes(module):
-                raise TypeError(
-                    "prune: expected modules that treat each unit, or each feature map, by itself, and one "
-                    f"nn.Flatten() after convolutions, got {module} as module {i}. Take it out, or prune layer by "
-                    "layer with their own prune()."
-                )
+                raise _mixes(names[i], module)
             else:
                 self.stages.append((i, self.per_output))
         else:
-            if self.maps != isinstance(network[second], nn.Conv2d):
+            if self.dims != _dims(parts[second]):
                 raise TypeError(
                     f"prune: expected an nn.Flatten() where convolutions become linear, got none before module "
-                    f"{second}. Check that the network runs, or prune layer by layer with their own prune()."
+                    f"{names[second]}. Check that the network runs, or prune layer by layer with their own prune()."
                 )
 
     def _passes(self, module: nn.Module) -> bool:
@@ -169,12 +204,12 @@ class _Chain:
         n = len(self.constant)
         some = torch.arange(0, n, 2, device=self.like.device)
         generator = torch.Generator().manual_seed(0)
-        for size in _SIZES if self.maps else (0,):
-            x = torch.randn(3, n, *(size, size) if size else (), generator=generator).to(self.like)
-            x = torch.where(self._as_maps(self.constant.isnan(), size), x, self._as_maps(self.constant, size))
+        for size in _SIZES if self.dims else (0,):
+            x = torch.randn(3, n, *(size,) * self.dims, generator=generator).to(self.like)
+            x = torch.where(self._as_maps(self.constant.isnan()), x, self._as_maps(self.constant))
             try:
                 y, part = (copy.deepcopy(m).eval()(v) for m, v in ((module, x), (_cut(module, some, n), x[:, some])))
-            except (RuntimeError, ValueError, IndexError):  # such as that maps are too small
+            except (RuntimeError, ValueError, IndexError, AssertionError):  # such as that maps are too small
                 continue
             if y.shape[:2] != x.shape[:2] or part.shape[1:2] != some.shape or not torch.allclose(y[:, some], part):
                 return False
@@ -184,9 +219,8 @@ class _Chain:
             return True
         return False
 
-    @staticmethod
-    def _as_maps(x: Tensor, size: int) -> Tensor:
-        return x[:, None, None] if size else x
+    def _as_maps(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, *(1,) * self.dims)
 
     def cut(self, smaller: list[nn.Module], outputs: Tensor) -> None:
         """Parameters that the modules have for each unit, such as those of a normalisation by batches."""
@@ -208,14 +242,29 @@ def _cut(module: nn.Module, kept: Tensor, units: int) -> nn.Module:
     return new
 
 
+def _mixes(name: str, module: nn.Module) -> TypeError:
+    if isinstance(module, Gate):
+        return TypeError(
+            f"prune: expected gates in layers, got {type(module).__name__} by itself as module {name}. Give it to the "
+            "layer that it stands before, L0Linear(..., gate=gate), or behind, such as L0Conv2d(..., gate=gate)."
+        )
+    return TypeError(
+        "prune: expected modules that treat each unit, or each feature map, by itself, and one nn.Flatten() after "
+        f"convolutions, between layers (L0Linear, L0Conv1d, L0Conv2d or ordinary ones of these kinds), got {module} as "
+        f"module {name}. Take it out, or prune layer by layer with their own prune()."
+    )
+
+
 def _with_gates_multiplied_in(name: str, module: nn.Module) -> _Layer:
-    assert isinstance(module, (nn.Linear, nn.Conv2d))
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
+    assert isinstance(module, _LAYERS)
+    if is_lazy(module.weight):
+        raise ValueError(f"prune: expected layers with their weights, got {module} as {name}. Run the network once.")
+    if not isinstance(module, nn.Linear) and module.groups != 1:
         raise ValueError(f"prune: expected convolutions without groups, got {module} as {name}. Prune it by hand.")
     open_outputs, open_inputs = (
         torch.ones(n, dtype=torch.bool, device=module.weight.device) for n in module.weight.shape[:2]
     )
-    if not isinstance(module, (L0Linear, L0Conv2d)):
+    if not isinstance(module, (L0Linear, L0Conv1d, L0Conv2d)):
         return _Layer(module, module.weight, module.bias, open_inputs, open_outputs)
     is_open = module.gate.point_estimate().flatten() != 0
     if isinstance(module, L0Linear):
@@ -238,13 +287,13 @@ def _interface(names: str, first: _Layer, second: _Layer, chain: _Chain) -> tupl
         )
     gone = chain.constant == 0 if second.pads else ~chain.constant.isnan()
     kept = (second.open_inputs & ~gone).view(outputs, per_output).any(1)
-    if first.has_maps and not kept.any():
+    if first.dims and not kept.any():
         raise ValueError(
             f"prune: expected an open feature map between {names}, got none of {outputs}. Train with a smaller penalty."
         )
     kept_inputs = kept.repeat_interleave(per_output)
     constant = torch.where(kept_inputs, 0.0, chain.constant.nan_to_num(0.0))
     if constant.any():
-        shift = second.weight.flatten(2).sum(-1) @ constant if second.has_maps else second.weight @ constant
+        shift = second.weight.flatten(2).sum(-1) @ constant if second.dims else second.weight @ constant
         second = second._replace(bias=shift if second.bias is None else second.bias + shift)
     return kept.nonzero()[:, 0], kept_inputs.nonzero()[:, 0], second

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sparse.nn import HardConcreteGate, L0Conv2d, L0Linear, prune
+from pyro_sparse.nn import HardConcreteGate, L0Conv1d, L0Conv2d, L0Linear, prune
 
 
 def mlp() -> nn.Sequential:
@@ -40,12 +40,32 @@ def convolutions_only() -> nn.Sequential:
     )
 
 
+def convolutions_of_sequences() -> nn.Sequential:
+    return nn.Sequential(
+        *(L0Conv1d(2, 6, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2), nn.BatchNorm1d(6), L0Conv1d(6, 5, 3), nn.Sigmoid()),
+        *(nn.Conv1d(5, 4, 2), nn.Flatten(), L0Linear(4 * 1, 3)),
+    )
+
+
+def nested() -> nn.Sequential:
+    """With an activation that is there twice, and a subclass without a forward of its own."""
+    act = nn.Tanh()
+
+    class Block(nn.Sequential):
+        pass
+
+    first = nn.Sequential(OrderedDict(layer=L0Linear(12, 9), act=act))
+    return nn.Sequential(first, Block(nn.Sequential(L0Linear(9, 7)), act), L0Linear(7, 5), act, nn.Linear(5, 3))
+
+
 NETWORKS = {
     mlp: (4, 12),
     mlp_with_plain_layers: (4, 12),
     lenet: (4, 2, 8, 8),
     wide_flatten: (4, 2, 8, 8),
     convolutions_only: (4, 2, 8, 8),
+    convolutions_of_sequences: (4, 2, 8),
+    nested: (4, 12),
 }
 
 
@@ -67,7 +87,8 @@ def test_same_outputs_fewer_weights(make: Any, shape: tuple[int, ...], seed: int
     smaller, kept = prune(network)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values(), strict=True))
-    assert {type(module) for module in smaller} <= {type(module) for module in network} | {nn.Linear, nn.Conv2d}
+    assert not {L0Linear, L0Conv1d, L0Conv2d} & {type(module) for module in smaller.modules()}
+    assert [*smaller.state_dict()] == [name for name in before if ".gate." not in name]
     assert not gates(smaller) and not smaller.training
     x = torch.randn(shape)
     torch.testing.assert_close(smaller(x[:, kept]), network(x))
@@ -138,14 +159,30 @@ def test_modes_are_kept_module_by_module() -> None:
     "network, error, message",
     [
         (L0Linear(3, 2), TypeError, r"an nn.Sequential, got L0Linear\. "),
-        (nn.Sequential(nn.ReLU()), ValueError, r"a network with layers, got Sequential.*\. "),
+        (nn.Sequential(nn.ReLU()), ValueError, r"a network with layers, L0Linear.*, got \['ReLU'\]\. "),
         (
             nn.Sequential(L0Linear(3, 2), nn.Softmax(-1), L0Linear(2, 2)),
             TypeError,
             r"got Softmax\(dim=-1\) as module 1\. ",
         ),
         (nn.Sequential(L0Linear(3, 2), nn.LayerNorm(2), L0Linear(2, 2)), TypeError, "got LayerNorm.* as module 1"),
-        (nn.Sequential(nn.Sequential(L0Linear(3, 2)), L0Linear(2, 2)), TypeError, "got Sequential.* as module 0"),
+        (
+            nn.Sequential(nn.Sequential(L0Linear(3, 2), nn.Softmax(-1)), L0Linear(2, 2)),
+            TypeError,
+            r"got Softmax\(dim=-1\) as module 0\.1\. Take",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 2), HardConcreteGate(2), nn.Linear(2, 2)),
+            TypeError,
+            r"gates in layers, got HardConcreteGate by itself as module 1\. .*L0Linear\(\.\.\., gate=gate\)",
+        ),
+        (
+            nn.Sequential(L0Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 4), L0Linear(4, 2)),
+            TypeError,
+            r"\(L0Linear, L0Conv1d, L0Conv2d .*\), got TransformerEncoderLayer.* as module 1\. Take",
+        ),
+        (nn.Sequential(L0Conv1d(3, 4, 3), L0Conv2d(4, 2, 1)), TypeError, "got none before module 1"),
+        (nn.Sequential(nn.LazyLinear(3)), ValueError, r"got LazyLinear.* as module 0\. Run the network once"),
         (nn.Sequential(nn.Flatten(), L0Linear(3, 2)), TypeError, "got Flatten.* as module 0"),
         (nn.Sequential(L0Conv2d(3, 4, 3), L0Linear(8, 2)), TypeError, "got none before module 1"),
         (nn.Sequential(L0Conv2d(3, 4, 3), nn.Flatten(2), L0Linear(8, 2)), TypeError, "got Flatten.* as module 1"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from pyro_sparse.estimators import Estimator, Exact, Plate, Site, Slots
 from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.law import law, padded_law
-from pyro_sparse.infer.expansion.messengers import PlatesUnknownError, SparseEnumMessenger
+from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
+from pyro_sparse.infer.expansion.messengers import PlatesUnknownError
 from pyro_sparse.infer.expansion.views import with_linear_log_prob, with_values
 from pyro_sparse.infer.pyro_internals import PARTICLES, Frame, is_subsample
 
 
-class EstimatorMessenger(SparseEnumMessenger):
+class EstimatorMessenger(MaskedRowsMessenger):
     """
     Lays out slots in dims of their own, as enumeration does, where a site's estimator draws them.
 
@@ -29,6 +30,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         args, kwargs: the guide's arguments, which baselines may see.
         subsamples: the indices that plates are to reuse.
         kind: "mode" puts each score-function site without slots at its mode.
+        whole: the sites with :class:`Exact` whose masked rows take all their outcomes; None for all.
     """
 
     owner = "EstimatorELBO"
@@ -41,10 +43,11 @@ class EstimatorMessenger(SparseEnumMessenger):
         kwargs: Mapping[str, Any],
         subsamples: Mapping[str, Tensor] | None = None,
         kind: str = "draw",
+        whole: Collection[str] | None = None,
     ) -> None:
         self.knows_plates = nesting != float("inf")
         finite = int(nesting) if self.knows_plates else 0
-        super().__init__(layouts.padded, finite, first_available_dim=-1 - finite)
+        super().__init__(layouts.padded, finite, first_available_dim=-1 - finite, whole=whole)
         self.find = find
         self.args, self.kwargs = args, kwargs
         self.fixed = dict(subsamples or {})
@@ -63,6 +66,7 @@ class EstimatorMessenger(SparseEnumMessenger):
         self.laws: dict[str, Any] = {}  # of sites with slots: what those were drawn from
         self.num_laid_out = 0
         self.packed: dict[str, Exact] = {}  # sites whose outcomes are rows for the model
+        self.masked, self.narrowed = False, {}
         self.relaxed: list[str] = []  # sites with values between the outcomes
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
 

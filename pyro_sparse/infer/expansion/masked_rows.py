@@ -7,7 +7,7 @@ is enumerated in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,17 +23,19 @@ class MaskedRowsMessenger(SparseEnumMessenger):
     :class:`SparseEnumMessenger` for a guide, which enumerates a single outcome, with weight one, in masked rows.
 
     Args:
-        whole: the sites to be enumerated in full all the same.
+        whole: the sites to be enumerated in full all the same; None for all.
         args, kwargs: those of :class:`SparseEnumMessenger`.
     """
 
-    def __init__(self, *args: Any, whole: set[str], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, whole: Collection[str] | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.whole = whole
+        self.masked = False  # whether a site that might have been narrowed had a mask
         self.narrowed: dict[str, Tensor] = {}  # the mask of each site that has been
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["done"] and not msg["is_observed"] and msg["name"] not in self.whole and self._enumerates(msg):
+        latent = not msg["done"] and not msg["is_observed"]
+        if latent and self.whole is not None and msg["name"] not in self.whole and self._enumerates(msg):
             self._narrow(msg)
         super()._pyro_sample(msg)
 
@@ -41,7 +43,10 @@ class MaskedRowsMessenger(SparseEnumMessenger):
         fn: SparseDistribution = msg["fn"]
         mask = mask_of(msg)
         mask = None if mask is None else mask.to(fn.support_size.device)
-        if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape or bool(mask.all()):
+        if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape:
+            return
+        self.masked = True
+        if bool(mask.all()):
             return
         msg["fn"] = fn.narrowed(mask)
         if msg["fn"] is not fn:

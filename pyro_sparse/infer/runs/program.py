@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,7 @@ class Program:
         kind: str = "draw",
         subsamples: Mapping[str, Tensor] | None = None,
         wrap: Callable[[Any], Any] | None = None,
+        whole: Collection[str] | None = None,
     ) -> Traces:
         """
         Runs the guide, then the model on its values.
@@ -61,8 +62,9 @@ class Program:
             kind: "draw"; "mode" puts each score-function site without slots at its mode; "sample" as "draw".
             subsamples: the indices that plates are to reuse.
             wrap: goes around the guide, outside of what draws the slots.
+            whole: the sites whose masked rows are laid out in full; None for all.
         """
-        messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind)
+        messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind, whole)
         guide = messenger(self.guide)
         tracer = poutine.trace(guide if wrap is None else wrap(guide))
         provenance = Provenance() if self.watched else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -73,10 +73,10 @@ def before_every_forward(act: Callable[[nn.Module, Any], None]) -> Iterator[None
 
 
 @contextmanager
-def rewindable(buffers: bool) -> Iterator[Callable[[], None]]:
+def rewindable() -> Iterator[Callable[[], None]]:
     """
-    For a run that may have to be done again: gives what puts the generators of torch (CPU and GPUs), Python and numpy
-    back to where they were; with ``buffers``, also those of the modules called until then.
+    For a run that may have to be done again: gives what puts back the state of the generators of torch (CPU and GPUs),
+    Python and numpy, and the buffers of the modules called until then.
     """
     state = pyro.util.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -100,7 +100,7 @@ def rewindable(buffers: bool) -> Iterator[Callable[[], None]]:
                     if not torch.equal(x, value):
                         x.copy_(value)
 
-    with before_every_forward(before_forward) if buffers else nullcontext():
+    with before_every_forward(before_forward):
         yield put_back
 
 

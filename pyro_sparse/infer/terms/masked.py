@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_sparse.infer.expansion.masked_rows import mask_of
+from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger, mask_of
+from pyro_sparse.infer.runs.undisturbed import rewindable
 from pyro_sparse.infer.terms.dependencies import with_ancestors
 
+Terms = Mapping[str, Tensor]
 
-def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_trace: Any) -> set[str]:
+
+@dataclass
+class MaskedRows:
+    """What an ELBO has learned of a program's masked rows."""
+
+    whole: set[str] = field(default_factory=set)  # sites whose masked rows matter
+    narrows: bool = True  # whether the last run might have left some out: the next one may have to be done again
+
+    def around(self) -> AbstractContextManager[Callable[[], None]]:
+        """Around such a run; gives what puts back what it has moved: what is drawn is drawn once."""
+        return rewindable() if self.narrows else nullcontext(lambda: None)
+
+    def found(self, messenger: MaskedRowsMessenger, traces: Iterable[tuple[Any, Any]], terms: Terms) -> bool:
+        """
+        Whether a run has to be done again, since masked rows that it left out do matter.
+
+        Args:
+            messenger: around the guide.
+            traces: of guide and model.
+            terms: what stands for the log-probabilities of sites that have none.
+        """
+        self.narrows, narrowed = messenger.masked, messenger.narrowed
+        seen = set().union(*(reaching_unmasked(narrowed, q, p, terms) for q, p in traces)) if narrowed else set()
+        self.whole |= seen
+        return bool(seen)
+
+
+def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_trace: Any, terms: Terms) -> set[str]:
     """
     Those of the sites whose masked rows are seen by a term that is not masked there: by itself, or through other latent
     sites, whose probabilities depend on what is drawn there though they are masked, too.
@@ -23,20 +54,21 @@ def reaching_unmasked(narrowed: Mapping[str, Tensor], guide_trace: Any, model_tr
     for name, node in nodes:
         if (dim := node["infer"].get("_enumerate_dim")) is not None:
             own.setdefault(name, dim)
-    return {name for name, mask in narrowed.items() if _is_seen(name, mask, nodes, own)}
+    found = [(name, node, node["log_prob"] if "log_prob" in node else terms[name]) for name, node in nodes]
+    return {name for name, mask in narrowed.items() if _is_seen(name, mask, found, own)}
 
 
-def _is_seen(site: str, mask: Tensor, nodes: list[tuple[str, Any]], own: Mapping[str, int]) -> bool:
-    latent = [(name, node) for name, node in nodes if not node["is_observed"]]
+def _is_seen(site: str, mask: Tensor, nodes: list[tuple[str, Any, Tensor]], own: Mapping[str, int]) -> bool:
+    latent = [(name, node, term) for name, node, term in nodes if not node["is_observed"]]
     children = {
-        dim: frozenset(own[name] for name, node in latent if name in own and _varies(node["log_prob"], {dim}))
+        dim: frozenset(own[name] for name, _, term in latent if name in own and _varies(term, {dim}))
         for dim in own.values()
     }
     dims = with_ancestors({own[site]}, children)
-    return any(_varies(node["log_prob"], dims) and _sees(node, mask) for _, node in nodes) or any(
+    return any(_varies(term, dims) and _sees(node, mask) for _, node, term in nodes) or any(
         # Those without a dim of their own show whether they were drawn once for each outcome.
-        _varies(node["log_prob"], dims) and not _varies(node["value"], dims, node["fn"].event_dim)
-        for name, node in latent
+        _varies(term, dims) and not _varies(node["value"], dims, node["fn"].event_dim)
+        for name, node, term in latent
         if name not in own
     )
 

@@ -39,11 +39,45 @@ class Reader:
     find_for_score: Callable[[Any], Estimator]
     analytic_kl: bool = False
 
-    def read(self, traces: Traces) -> Run:
-        """The terms, the sites with a score function, and the weight of sequentially enumerated outcomes."""
-        _refuse_relaxed(traces)
+    def divergences(self, traces: Traces) -> dict[str, Tensor]:
+        """The KL divergence of each site that has a closed form, if asked for; in any case where it must have one."""
         with traces.watching():
-            kls = self._divergences(traces)
+            return self._divergences(traces)
+
+    def _divergences(self, traces: Traces) -> dict[str, Tensor]:
+        required, split = traces.expansion.reparameterized, traces.expansion.split
+        names = traces.guide.stochastic_nodes if self.analytic_kl else required
+        if names and traces.rows is not None:
+            raise ValueError(
+                f"EstimatorELBO, site '{names[0]}': expected no closed-form KL divergence beside packed rows, of which "
+                "the prior is known there only, got one. Leave analytic_kl out, or use Exact(mode='padded')."
+            )
+        circular: frozenset[str] = frozenset()
+        if (names or split) and not same_order(traces.model, traces.guide):
+            circular = priors_that_see_their_draws(traces.program, traces.guide, traces.subsamples)
+        for name in split & circular:
+            raise ValueError(
+                f"EstimatorELBO, site '{name}': expected for SplitPathwise a prior that does not depend on what the "
+                "guide draws after this site from its value, got one that does. Draw the sites in the model's order, "
+                "or use LeaveOneOut."
+            )
+        kls = closed_form_divergences(traces.model, traces.guide, names, required, circular)
+        kls = without_collapsed(kls, traces.model, traces.guide, required, split)
+        if is_validation_enabled():
+            for name in required:
+                as_log_prob: Any = {**traces.guide.nodes[name], "log_prob": kls[name]}
+                check_site_shape(as_log_prob, traces.program.nesting)
+        return kls
+
+    def read(self, traces: Traces, kls: Mapping[str, Tensor]) -> Run:
+        """
+        The terms, the sites with a score function, and the weight of sequentially enumerated outcomes.
+
+        Args:
+            traces: of one run.
+            kls: its closed-form divergences, as :meth:`divergences` gives them.
+        """
+        _refuse_relaxed(traces)
         program, names = traces.program, attached_without_draw(traces.guide)
         own = sites_of_own_draws(program.guide, program.args, program.kwargs, traces.guide, traces.subsamples, names)
         scored = self._scored(traces, kls, own)
@@ -122,32 +156,6 @@ class Reader:
             return terms
         every = frozenset(traces.guide.stochastic_nodes)  # others depend on such a draw by their derivative
         return [replace(t, upstream=(every if t.upstream is None else t.upstream) - (split - {t.name})) for t in terms]
-
-    def _divergences(self, traces: Traces) -> dict[str, Tensor]:
-        """The KL divergence of each site that has a closed form, if asked for; in any case where it must have one."""
-        required, split = traces.expansion.reparameterized, traces.expansion.split
-        names = traces.guide.stochastic_nodes if self.analytic_kl else required
-        if names and traces.rows is not None:
-            raise ValueError(
-                f"EstimatorELBO, site '{names[0]}': expected no closed-form KL divergence beside packed rows, of which "
-                "the prior is known there only, got one. Leave analytic_kl out, or use Exact(mode='padded')."
-            )
-        circular: frozenset[str] = frozenset()
-        if (names or split) and not same_order(traces.model, traces.guide):
-            circular = priors_that_see_their_draws(traces.program, traces.guide, traces.subsamples)
-        for name in split & circular:
-            raise ValueError(
-                f"EstimatorELBO, site '{name}': expected for SplitPathwise a prior that does not depend on what the "
-                "guide draws after this site from its value, got one that does. Draw the sites in the model's order, "
-                "or use LeaveOneOut."
-            )
-        kls = closed_form_divergences(traces.model, traces.guide, names, required, circular)
-        kls = without_collapsed(kls, traces.model, traces.guide, required, split)
-        if is_validation_enabled():
-            for name in required:
-                as_log_prob: Any = {**traces.guide.nodes[name], "log_prob": kls[name]}
-                check_site_shape(as_log_prob, traces.program.nesting)
-        return kls
 
 
 def score_function(node: Any, drawn_from: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,10 @@ from pyro_sparse.distributions import (
     SparseDistribution,
     SparseOneHotCategorical,
 )
-from pyro_sparse.infer import SparseEnumELBO, sparse_enum
+from pyro_sparse.estimators import Exact, StraightThrough
+from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
 from pyro_sparse.infer.expansion.masked_rows import mask_of
+from pyro_sparse.infer.terms.reading import masked
 
 K, T, B = 6, 3, 4
 REAL = torch.arange(T)[:, None] < torch.tensor([3, 1, 2, 1])
@@ -106,14 +109,15 @@ def chain() -> tuple[Program, Program]:
     return lambda: program(True), lambda: program(False)
 
 
-def through_another(how: str) -> tuple[Program, Program]:
+def through_another(how: str, markov: bool = True) -> tuple[Program, Program]:
     """Two sites under one mask, and data of the second that have none: so the first matters, too."""
+    recycled = pyro.markov if markov else nullcontext
 
     def bumped(z: Tensor) -> Tensor:
         return scores()[1] + 0.3 * decoded(z).unsqueeze(-1) * torch.arange(K)
 
     def guide() -> None:
-        with pyro.plate("B", B, dim=-1), poutine.mask(mask=REAL[1]), pyro.markov():
+        with pyro.plate("B", B, dim=-1), poutine.mask(mask=REAL[1]), recycled():
             y = pyro.sample("y", SparseCategorical(scores()[0]))
             if how == "of the model":
                 return
@@ -124,7 +128,7 @@ def through_another(how: str) -> tuple[Program, Program]:
 
     def model() -> None:
         marked = {"enumerate": "parallel"} if how == "of the model" else {}
-        with pyro.plate("B", B, dim=-1), pyro.markov():
+        with pyro.plate("B", B, dim=-1), recycled():
             with poutine.mask(mask=REAL[1]):
                 y = pyro.sample("y", prior())
                 z = pyro.sample("z", dist.Categorical(logits=bumped(y).detach()), infer=marked)
@@ -156,6 +160,10 @@ def loss_and_gradients(elbo: Any, model: Program, guide: Program) -> list[Tensor
     return [torch.as_tensor(loss), *(torch.zeros_like(p) if p.grad is None else p.grad for p in leaves)]
 
 
+def estimator_elbo(others: Any = None, **options: Any) -> EstimatorELBO:
+    return EstimatorELBO({"*": Exact()} if others is None else {"z": Exact(), "*": others}, **options)
+
+
 def dense(model: Program, guide: Program) -> list[Tensor]:
     return loss_and_gradients(TraceEnum_ELBO(max_plate_nesting=2), model, config_enumerate(guide))
 
@@ -169,7 +177,52 @@ def test_the_elbo_is_the_dense_one(name: str, mode: str) -> None:
     for _ in range(2):
         for x, y in zip(loss_and_gradients(elbo, model, guide), expected, strict=True):
             torch.testing.assert_close(x, y)
-    assert elbo._whole == WHOLE.get(name, set())
+    assert elbo._rows.whole == WHOLE.get(name, set())
+
+
+@pytest.mark.parametrize("options", [{}, {"costs": "graph"}, {"analytic_kl": True}], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimators_elbo_is_the_dense_one(name: str, options: dict[str, Any]) -> None:
+    another = name.startswith("through another")  # Exact takes no markov
+    model, guide = through_another(name.split(", ")[1], markov=False) if another else CASES[name]()
+    expected = dense(model, guide)
+    elbo = estimator_elbo(max_plate_nesting=2, **options)
+    for _ in range(2):
+        for x, y in zip(loss_and_gradients(elbo, model, guide), expected, strict=True):
+            torch.testing.assert_close(x, y)
+    assert elbo._rows.whole == WHOLE.get(name, set())
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_rows_of_the_estimators_elbo(seen: bool) -> None:
+    """Those that are masked do not set how many outcomes the model runs on."""
+    sizes = SparseCategorical(SCORES).support_size
+    model, guide = of_distributions(seen)
+    slots = []
+
+    def program() -> None:
+        with poutine.trace() as trace:
+            model()
+        slots.append(len(trace.trace.nodes["z"]["value"]))
+
+    elbo = estimator_elbo(max_plate_nesting=2)
+    elbo.loss(program, guide)
+    assert slots[-1] == int(sizes.max() if seen else sizes[REAL].max())
+
+
+def test_a_straight_through_site_that_sees_masked_rows() -> None:
+    """Its divergence stands for its log-probabilities, and depends on what is drawn there."""
+
+    def program(of_model: bool, family: Any) -> None:
+        with pyro.plate("B", B):
+            y = pyro.sample("y", (prior() if of_model else SparseCategorical(scores()[0])).mask(REAL[1]))
+            logits = torch.zeros(K) if of_model else scores()[1] + 0.3 * decoded(y).unsqueeze(-1) * torch.arange(K)
+            pyro.sample("z", family(logits=logits))
+
+    elbo = EstimatorELBO({"y": Exact(), "z": StraightThrough()}, max_plate_nesting=1)
+    loss = elbo.loss(lambda: program(True, dist.OneHotCategorical), lambda: program(False, dist.OneHotCategorical))
+    exact = dense(lambda: program(True, dist.Categorical), lambda: program(False, dist.Categorical))[0]
+    assert elbo._rows.whole == {"y"} and loss == pytest.approx(exact.item())
 
 
 @pytest.mark.parametrize("name", ["around", "of distributions"])
@@ -198,14 +251,14 @@ def test_a_run_that_is_done_again_has_the_same_subsample() -> None:
     for whole in (set(), {"z"}):
         pyro.set_rng_seed(3)
         elbo = SparseEnumELBO(max_plate_nesting=1)
-        elbo._whole = whole
+        elbo._rows.whole = whole
         losses.append([elbo.loss(lambda: program(True), lambda: program(False)) for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1])
 
 
-@pytest.mark.parametrize("particles", [1, 2])
-@pytest.mark.parametrize("in_guide", [False, True])
-def test_a_run_that_is_done_again_moves_buffers_once(in_guide: bool, particles: int) -> None:
+@pytest.mark.parametrize("make", [SparseEnumELBO, estimator_elbo], ids=["sparse", "estimators"])
+@pytest.mark.parametrize("in_guide, particles", [(False, 1), (False, 2), (True, 2)])
+def test_a_run_that_is_done_again_moves_buffers_once(in_guide: bool, particles: int, make: Any) -> None:
     """A batch normalisation counts the step once, with the statistics of the run that counts."""
 
     class Codebook(nn.Module):
@@ -239,10 +292,10 @@ def test_a_run_that_is_done_again_moves_buffers_once(in_guide: bool, particles: 
             module.reset_running_stats()
         book.mean = torch.zeros(())
         buffers = list(norm.buffers())
-        elbo = SparseEnumELBO(max_plate_nesting=2, num_particles=particles)
-        elbo._whole = whole
+        elbo = make(max_plate_nesting=2, num_particles=particles)
+        elbo._rows.whole = whole
         values = loss_and_gradients(elbo, lambda: program(True), lambda: program(False))
-        assert elbo._whole == {"z"} and all(x is y for x, y in zip(norm.buffers(), buffers, strict=True))
+        assert elbo._rows.whole == {"z"} and all(x is y for x, y in zip(norm.buffers(), buffers, strict=True))
         assert int(norm.num_batches_tracked) == particles
         results.append([*values, *(x.clone() for x in norm.buffers()), book.mean.clone()])
     for x, y in zip(*results, strict=True):
@@ -253,7 +306,7 @@ def test_without_the_look_at_the_terms_it_is_wrong(monkeypatch: pytest.MonkeyPat
     """Negative control: what a masked row draws matters to data that have no mask."""
     model, guide = of_distributions(seen=True)
     expected = dense(model, guide)[0]
-    monkeypatch.setattr(sparse_enum, "reaching_unmasked", lambda *_: set())
+    monkeypatch.setattr(masked, "reaching_unmasked", lambda *_: set())
     assert abs(loss_and_gradients(SparseEnumELBO(max_plate_nesting=2), model, guide)[0] - expected) > 0.1
 
 
