@@ -247,7 +247,12 @@ def train(name: str, digits: Digits, num_codes: int, epochs: int, seed: int, pro
 def train_epoch(run: Run, svi: SVI, elbo: ELBO, batches: Sequence[Tensor]) -> None:
     """One step per minibatch; appends what it saw to the lists of the run."""
     rows: list[int] = []
-    hook = run.vae.decoder.register_forward_hook(lambda *call: rows.append(call[-1].numel() // PIXELS))
+
+    def count(_module: nn.Module, _args: object, image: Tensor) -> None:
+        if torch.is_grad_enabled():  # the first run is compared with others on the side
+            rows.append(image.numel() // PIXELS)
+
+    hook = run.vae.decoder.register_forward_hook(count)
     loss, stats, started = 0.0, [], time.perf_counter()
     for x in batches:
         loss += svi.step(x)

@@ -26,6 +26,7 @@ from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
+from pyro_sparse.infer.runs.traces import Traces
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.bound import importance_bound
 from pyro_sparse.infer.terms.masked import MaskedRows
@@ -291,15 +292,7 @@ class EstimatorELBO(ELBO, nn.Module):
         reader = Reader(find, self.assignment.find_for_score, self.analytic_kl)
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
-            whole = self._rows.whole if wrap is None else None  # of a run for one outcome of others there is no second
-            with self._rows.around() as put_back:
-                traces = program.run(kind, subsamples, wrap, whole)
-                kls = reader.divergences(traces)
-                again = whole is not None and self._rows.found(traces.expansion, [(traces.guide, traces.model)], kls)
-                if again:
-                    put_back()
-            if again:
-                return run()
+            traces, kls = self._run_once_or_again(program, reader, kind, subsamples, wrap)
             result = reader.read(traces, kls)
             self.assignment.serve()
             return result
@@ -311,6 +304,19 @@ class EstimatorELBO(ELBO, nn.Module):
                 return
             self._sequential = True  # that run drew what is to be enumerated: it does not count
         yield from sequential_runs(run)
+
+    def _run_once_or_again(
+        self, program: Program, reader: Reader, kind: str, subsamples: Any, wrap: Any
+    ) -> tuple[Traces, dict[str, Tensor]]:
+        """A run and its closed-form divergences; done again if masked rows that it left out do matter."""
+        while True:
+            whole = self._rows.whole if wrap is None else None  # of a run for one outcome of others there is no second
+            with self._rows.around() as put_back:
+                traces = program.run(kind, subsamples, wrap, whole)
+                kls = reader.divergences(traces)
+                if whole is None or not self._rows.found(traces.expansion, [(traces.guide, traces.model)], kls):
+                    return traces, kls
+                put_back()
 
     # Estimates
 

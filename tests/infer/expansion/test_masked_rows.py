@@ -24,7 +24,7 @@ from pyro_sparse.distributions import (
 from pyro_sparse.estimators import Exact, StraightThrough
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
 from pyro_sparse.infer.expansion.masked_rows import mask_of
-from pyro_sparse.infer.terms.reading import masked
+from pyro_sparse.infer.terms import masked
 
 K, T, B = 6, 3, 4
 REAL = torch.arange(T)[:, None] < torch.tensor([3, 1, 2, 1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_sparse.estimators import VIMCO
 from pyro_sparse.infer import EstimatorELBO
-from pyro_sparse.infer.terms.reading import bound as bound_module
+from pyro_sparse.infer.terms import bound as bound_module
 
 X = torch.tensor([0.3, -1.0], dtype=torch.float64)
 Outside = Callable[[Tensor], Any]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_sparse.estimators import Exact, StraightThrough
 from pyro_sparse.infer import EstimatorELBO
-from pyro_sparse.infer.terms.reading import reading
+from pyro_sparse.infer.terms import reading
 
 X = torch.tensor([0.3, -1.0], dtype=torch.float64)
 
