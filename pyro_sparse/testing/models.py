@@ -366,6 +366,20 @@ def grid_options() -> list[Options]:
     return list(dict.fromkeys(options for options in chosen if options.are_meaningful()))
 
 
+def packable(options: Options) -> bool:
+    """
+    Whether there are packed rows: a sparse site in one plate alone, none outside of all plates or in a chain, and a
+    plate that can have another number of elements than the guide's.
+    """
+    depths = Program(options).depths
+    return 1 in depths and 0 not in depths and options.link != "markov" and options.subsample != "random"
+
+
+def packed_grid(count: int = 200) -> list[Case]:
+    """So many random combinations of everything that have packed rows; the same at every call."""
+    return [make_case(options) for options in _random_options(count, packable)]
+
+
 def levels() -> dict[str, tuple[Any, ...]]:
     """The levels of each option."""
     return {name: get_args(hint) for name, hint in get_type_hints(Options).items()}
@@ -385,8 +399,14 @@ def _single_options() -> Iterator[Options]:
         yield from (replace(base, **{name: value}) for value in values)
 
 
-def _random_options(count: int) -> Iterator[Options]:
-    """Meaningful combinations of everything."""
+def _random_options(count: int, keep: Callable[[Options], bool] = lambda options: True) -> Iterator[Options]:
+    """Different meaningful combinations of everything."""
     choose = random.Random(0).choice
     draws = (Options(**{name: choose(values) for name, values in levels().items()}) for _ in itertools.count())
-    return itertools.islice((options for options in draws if options.are_meaningful()), count)
+    found: set[Options] = set()
+    for options in draws:
+        if options.are_meaningful() and options not in found and keep(options):
+            found.add(options)
+            yield options
+        if len(found) == count:
+            return
