@@ -207,7 +207,7 @@ class Program:
         with ExitStack() as stack:
             if provenance is not None:
                 stack.enter_context(provenance.watching())
-            put_back = stack.enter_context(self.rows.around())
+            put_back = stack.enter_context(self.rows.around(whole is not None))
             try:
                 with self._explained(tracer, messenger):
                     model_trace, guide_trace = self._traces(tracer, messenger, provenance)
