@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroParam
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from pyro_sparse.distributions import SparseCategorical, SparseOneHotCategorical
 from pyro_sparse.infer.law import law
+from pyro_sparse.infer.provenance import OWN, LabelDraws, Provenance
+from pyro_sparse.infer.undisturbed import undisturbed
 from pyro_sparse.projections import sparsemax
 
 _FAMILIES: dict[Any, Any] = {
@@ -25,15 +28,19 @@ _FAMILIES: dict[Any, Any] = {
 }
 
 
+def _probs(fn: Any) -> Tensor | None:
+    return getattr(law(fn), "probs", None)
+
+
 class AutoSparseParallel(AutoGuide):
     r"""
     .. math:: q(z) = \prod_i q_i(z_i), \qquad q_i = \mathrm{projection}(\mathrm{scores}_i) \in \Delta^{K_i-1},
 
     a sparse mean-field guide, as :class:`~pyro.infer.autoguide.AutoDiscreteParallel` is a dense one, with priors that
     may be sparse: for :class:`SparseEnumELBO`, or :class:`EstimatorELBO` with ``Exact``. To begin with the scores are
-    the prior's probabilities but for a constant, of which sparsemax makes the prior. What has prior probability zero in
-    the first run is masked for good: a prior's zeros are to be the same whatever other sites draw. Other latent sites
-    are served by other guides, in an ``AutoGuideList``.
+    the prior's probabilities but for a constant, of which sparsemax makes the prior. What has prior probability zero,
+    whatever other sites draw, is masked for good. Other latent sites are served by other guides, in an
+    ``AutoGuideList``.
 
     Args:
         model: with latent sites that are categorical, sparse or not, integers or one-hot vectors.
@@ -57,6 +64,12 @@ class AutoSparseParallel(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
+        provenance = Provenance(own_draws=True)  # those of sites that are blocked
+        again = poutine.trace(poutine.replay(self.model, trace=self.prototype_trace))
+        with undisturbed(), poutine.block(), provenance.watching(), LabelDraws(provenance):
+            trace = again.get_trace(*args, **kwargs)
+            names = [name for name, _ in self._sites()]
+            drawn = {n: provenance.of(_probs(trace.nodes[n]["fn"])) & {OWN, *names[:i]} for i, n in enumerate(names)}
         for name, site in self._sites():
             fn = law(site["fn"])
             if type(fn) not in _FAMILIES:
@@ -65,7 +78,7 @@ class AutoSparseParallel(AutoGuide):
                     f"dense families of these, got {fn}. Block it, and add a guide for it to an AutoGuideList."
                 )
             probs = fn.probs.detach()
-            scores, closed = probs - probs.mean(-1, keepdim=True), probs == 0
+            scores, closed = probs - probs.mean(-1, keepdim=True), (probs == 0) & (not drawn[name])
             for frame in self._subsampled(site):  # rows that are not here are as those that are
                 scores = periodic_repeat(scores, frame.full_size, frame.dim - 1).contiguous()
                 closed = closed.all(frame.dim - 1, keepdim=True)

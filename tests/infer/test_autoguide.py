@@ -81,6 +81,22 @@ def test_it_starts_at_the_prior() -> None:
     torch.testing.assert_close(fn.probs, PRIOR.expand(B, K))
 
 
+def test_zeros_that_depend_on_another_draw_are_not_masked() -> None:
+    def model() -> None:
+        with pyro.plate("N", B):
+            z = pyro.sample("z", SparseCategorical(probs=PRIOR))
+            pyro.sample("y", SparseOneHotCategorical(2 * torch.eye(K)[z]))
+
+    guide = AutoSparseParallel(model)
+    guide()
+    assert torch.equal(guide._closed["z"], (PRIOR == 0).expand(B, K)) and not guide._closed["y"].any()
+    blocked = AutoSparseParallel(poutine.block(model, expose=["y"]))
+    blocked()
+    assert not blocked._closed["y"].any()
+    with pytest.raises(ValueError, match="site 'y': expected a prior that is positive wherever the guide is"):
+        SparseEnumELBO(max_plate_nesting=1).loss(model, guide)
+
+
 def test_subsamples_take_their_own_rows() -> None:
     guide = AutoSparseParallel(lambda: one_site(subsample=2))
     guide()
