@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyro_sparse.infer.assignment import config_estimators
+from pyro_sparse.infer.autoguide import AutoSparseParallel
 from pyro_sparse.infer.baseline_elbo import BaselineELBO
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
 from pyro_sparse.infer.expansion.stats import SupportStats
@@ -12,6 +13,7 @@ __all__ = [
     # exact, over the non-zero support
     "SparseEnumELBO",
     "SupportStats",
+    "AutoSparseParallel",
     # by draws, with a baseline or better
     "BaselineELBO",
     "EstimatorELBO",

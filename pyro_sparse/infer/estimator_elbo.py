@@ -311,7 +311,7 @@ class EstimatorELBO(ELBO, nn.Module):
         """A run and its closed-form divergences; done again if masked rows that it left out do matter."""
         while True:
             whole = self._rows.whole if wrap is None else None  # of a run for one outcome of others there is no second
-            with self._rows.around() as put_back:
+            with self._rows.around(whole is not None) as put_back:
                 traces = program.run(kind, subsamples, wrap, whole)
                 kls = reader.divergences(traces)
                 if whole is None or not self._rows.found(traces.expansion, [(traces.guide, traces.model)], kls):

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyro
 import pytest
 import torch
 
@@ -113,7 +114,8 @@ def test_purity_by_hand(demo: ModuleType) -> None:
 
 
 def test_decoder_rows_and_supports(demo: ModuleType) -> None:
-    runs = {name: demo.train(name, few(demo), 6, 1, seed=0) for name in demo.ESTIMATORS}
+    with pyro.validation_enabled(False):  # which compares the first step with runs on single outcomes
+        runs = {name: demo.train(name, few(demo), 6, 1, seed=0) for name in demo.ESTIMATORS}
     assert runs["dense"].decoder_rows == [6.0]
     assert runs["tracegraph"].decoder_rows == [1.0]
     for name in ("sparsemax", "entmax15"):

@@ -220,6 +220,8 @@ class ProjectedDistribution(SparseDistribution):
     def __repr__(self) -> str:
         if self.projection is None:
             return f"{type(self).__name__}(probs: {tuple(self.param_shape)})"
+        if self.projection is _softmax:
+            return f"{type(self).__name__}(logits: {tuple(self.param_shape)})"
         return f"{type(self).__name__}(scores: {tuple(self.param_shape)}, projection={_describe(self.projection)})"
 
 

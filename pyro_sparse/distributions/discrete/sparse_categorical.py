@@ -41,7 +41,8 @@ class SparseCategorical(ProjectedDistribution):
         projection: maps scores to the simplex along the last dim. Give parameters by ``functools.partial``; a lambda
             works but cannot be pickled.
         probs: instead of scores: probabilities whose zeros are kept as they are (never clamped, never renormalised).
-        logits: instead of scores: log-probabilities up to a constant; -inf is an exact zero.
+        logits: instead of scores: log-probabilities up to a constant; -inf is an exact zero. So is, silently, a finite
+            one whose probability underflows: in float32 about 100 below the largest.
         validate_args: as in torch; checks the probabilities (:math:`|\sum_k p_k - 1| \le 8 K \epsilon`).
 
     Raises:

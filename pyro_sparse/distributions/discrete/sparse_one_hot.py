@@ -36,7 +36,8 @@ class SparseOneHotCategorical(ProjectedDistribution):
         scores: unnormalised real scores, shape ``(*batch, K)``; -inf masks an outcome.
         projection: maps scores to the simplex along the last dim.
         probs: instead of scores: probabilities whose zeros are kept as they are.
-        logits: instead of scores: log-probabilities up to a constant; -inf is an exact zero.
+        logits: instead of scores: log-probabilities up to a constant; -inf is an exact zero. So is, silently, a finite
+            one whose probability underflows: in float32 about 100 below the largest.
         validate_args: as in torch.
 
     Raises:

@@ -110,7 +110,7 @@ class Alone:
                 return None
             for module, args in _calls(failure):
                 right = single.get(module, 0) - 1
-                if right > 0 and isinstance(args[0], Tensor) and args[0].dim() > right + 1:
+                if right > 0 and args and isinstance(args[0], Tensor) and args[0].dim() > right + 1:
                     try:
                         module(args[0].flatten(0, -right - 1), *args[1:])
                     except Exception:  # it is not the leading dims

@@ -24,9 +24,9 @@ class MaskedRows:
     whole: set[str] = field(default_factory=set)  # sites whose masked rows matter
     narrows: bool = True  # whether the last run might have left some out: the next one may have to be done again
 
-    def around(self) -> AbstractContextManager[Callable[[], None]]:
-        """Around such a run; gives what puts back what it has moved: what is drawn is drawn once."""
-        return rewindable() if self.narrows else nullcontext(lambda: None)
+    def around(self, may_narrow: bool = True) -> AbstractContextManager[Callable[[], None]]:
+        """Around a run; gives what puts back what it has moved: what is drawn is drawn once."""
+        return rewindable() if may_narrow and self.narrows else nullcontext(lambda: None)
 
     def found(self, messenger: MaskedRowsMessenger, traces: Iterable[tuple[Any, Any]], terms: Terms) -> bool:
         """

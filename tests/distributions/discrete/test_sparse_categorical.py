@@ -323,6 +323,7 @@ def test_repr_tells_how_it_was_made(family: Any) -> None:
     name = family.__name__
     assert repr(family(scores(3, 5), entmax15)) == f"{name}(scores: (3, 5), projection=entmax15)"
     assert repr(family(probs=torch.ones(2, 1)).expand((3, 2))) == f"{name}(probs: (3, 2, 1))"
+    assert repr(family(logits=scores(3, 5))) == f"{name}(logits: (3, 5))"
     assert "alpha=1.3" in repr(family(scores(5), partial(entmax, alpha=1.3)))
 
 
@@ -384,3 +385,9 @@ def test_log_prob_takes_memory_for_the_values_only() -> None:
 
     assert largest(SparseCategorical(probs=probs, validate_args=False)) <= K
     assert largest(dist.Categorical(probs=probs, validate_args=False)) >= S * B * K
+
+
+def test_logits_that_underflow_are_exact_zeros() -> None:
+    """As the documentation says, at the bound that it gives."""
+    logits = torch.tensor([[0.0, -103.0], [0.0, -104.5]], dtype=torch.float32)
+    assert SparseCategorical(logits=logits).support_size.tolist() == [2, 1]
