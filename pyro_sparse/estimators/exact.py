@@ -72,9 +72,10 @@ def check_expansion(
         raise ValueError(f"{owner}: expected mode in {MODES}, got {mode!r}. Use one of them.")
     if max_support is not None and max_support < 1:
         raise ValueError(f"{owner}: expected max_support >= 1 or None, got {max_support}. Raise it.")
-    for name, value in {"chunk_rows": chunk_rows, "gather": gather}.items():
-        if value is not None and mode not in ("packed", "auto"):
-            raise ValueError(f"{owner}: expected {name} with mode='packed', got it with {mode!r}. Leave it out.")
+    if chunk_rows is not None and mode != "packed":
+        raise ValueError(f"{owner}: expected chunk_rows with mode='packed', got it with {mode!r}. Leave it out.")
+    if gather is not None and mode not in ("packed", "auto"):
+        raise ValueError(f"{owner}: expected gather with mode='packed' or 'auto', got it with {mode!r}. Leave it out.")
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"{owner}: expected chunk_rows of at least 1, got {chunk_rows!r}. Give a number of rows.")
     if gather is not None and not callable(gather):

@@ -24,6 +24,7 @@ from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
+from pyro_sparse.infer.runs.ordinary import guess_nesting
 from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.traces import Traces
@@ -260,7 +261,7 @@ class EstimatorELBO(ELBO, nn.Module):
             if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
                 served = {name: e for name, e in found.items() if e is not None}
                 with explained(Alone(model, guide, args, kwargs), lambda: None, lambda: smooth_sites(trace, served)):
-                    self._guess_max_plate_nesting(model, guide, args, kwargs)
+                    guess_nesting(self, model, guide, args, kwargs, on_rows=_packs(served))
             if found and (slots or self._in_a_plate):
                 self._check_rows(found, Alone(model, guide, args, kwargs))
         self.assignment.serve()
@@ -279,7 +280,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
         def count_plates() -> float:
             with undisturbed():
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
+                guess_nesting(self, model, guide, args, kwargs, on_rows=_packs(self.assignment.entries))
             return self.max_plate_nesting
 
         alone = Alone(model, guide, args, kwargs)
@@ -418,3 +419,8 @@ class EstimatorELBO(ELBO, nn.Module):
         term = value.sum()
         seen = cost if site.mask is None else torch.where(site.mask, cost, math.nan)  # nothing to learn elsewhere
         return term if score.scale == 1.0 else term * score.scale, loss, lambda: estimator.update(seen, site)
+
+
+def _packs(estimators: Mapping[str, Estimator | None]) -> bool:
+    """Whether the model is to run on packed rows of some site."""
+    return any(isinstance(e, Exact) and e.mode == "packed" for e in estimators.values())

@@ -23,15 +23,18 @@ from torch import Tensor
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.estimators.exact import Gather, check_expansion
 from pyro_sparse.infer.expansion import layouts
+from pyro_sparse.infer.expansion.choice import Choice
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
 from pyro_sparse.infer.expansion.messengers import SparseEnumMessenger
+from pyro_sparse.infer.expansion.rows import Rows, rows_of
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.expansion.work import slot_ratios
 from pyro_sparse.infer.pyro_internals import buffers_kept, dice_elbo, dice_expectation
 from pyro_sparse.infer.refusals import refuse_guide_messenger
-from pyro_sparse.infer.runs.enumerated import on_packed_rows, on_slots
+from pyro_sparse.infer.runs.enumerated import on_rows, on_slots
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.on_rows import OnRows
+from pyro_sparse.infer.runs.ordinary import guess_nesting
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.together import evaluated
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
@@ -62,17 +65,32 @@ class SparseEnumELBO(TraceEnum_ELBO):
     Args:
         mode: ``"padded"``: each example its own support, padded to the largest in the batch, S·B model rows.
             ``"union"``: all examples share the union of their supports: less where the decoder sees nothing but the
-            outcome. ``"auto"``: at each step and site whichever of those and of dense enumeration costs least, by
-            the work that a slot was counted to cost in a batch of about this size. That count, before the first step
-            and after the first one of another size, runs the model under ``no_grad`` and leaves the random number
-            generators as they were.
+            outcome. ``"packed"``: the model runs on one row per example and joint outcome of positive probability, N
+            in all: less where supports differ in size. Its data plate then has N elements, so it must take its size
+            and its data from arguments (a tensor whose leading size is the plate's is given a row for each of N), or
+            by the plate's indices, and no row may see another. ``"auto"``: at each step and site whichever of those
+            and of dense enumeration costs least, by the work that a slot was counted to cost in a batch of about this
+            size. That count, before the first step and after the first one of another size, runs the model under
+            ``no_grad`` and leaves the random number generators as they were; so does a comparison of packed rows with
+            an ordinary run, before they are first chosen.
         max_support: refuse a batch in which one example's support is larger.
+        chunk_rows: in mode ``"packed"``: the model runs on so many rows at a time, and again in the backward pass, so
+            that memory is that of one part. With 1 it may branch in Python on the value. ``retain_graph`` keeps none.
+        gather: places arguments that the rule does not: ``gather(index, *args, **kwargs)`` gives ``(args, kwargs)``
+            for the model, with a row for each of the examples ``index``, ``(N,)``.
+        check: whether packed rows are compared with an ordinary run, once, under Pyro's validation.
         kwargs: every keyword of :class:`pyro.infer.ELBO`, except ``jit_options``: a traced program would freeze the
             support of its first batch.
 
+    Packed sites are those in one plate and no other: all of one plate together, a row for each joint outcome. Sparse
+    sites in further plates inside of it keep padded slots there: as rows they would be combinations of the outcomes of
+    all inner elements.
+
     Raises:
         ValueError: naming the site, for a support above ``max_support``, a prior that is zero where the guide has
-            mass, ``to_event`` over a batch dim of a sparse site, or an unknown option; all before gradients change.
+            mass, ``to_event`` over a batch dim of a sparse site, or an unknown option; in mode ``"packed"`` for a site
+            outside of all plates or in ``pyro.markov``, a plate with a constant ``subsample_size``, a model that raises
+            on rows or whose rows see each other; all before gradients change.
 
     Reference: G. Correia et al., *Efficient marginalization of discrete and structured latent variables via
     sparsity*, NeurIPS 2020, §3, Eq. 4.
@@ -97,8 +115,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self.chunk_rows = chunk_rows
         self.gather = gather
         self.check = check
-        self._ratios: dict[layouts.Size, float] = {}  # in mode "auto"
-        self._uncounted: set[layouts.Size] = set()  # what the last step would have needed
+        self._choice = Choice()  # in mode "auto"
         self._rows = MaskedRows()
         self._record: StepRecord | None = None
         self._ran_on: int | None = None  # how many packed rows
@@ -119,7 +136,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         refuse_guide_messenger("SparseEnumELBO", guide)
         if self.max_plate_nesting == float("inf"):
             with buffers_as_they_were():
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
+                guess_nesting(self, model, guide, args, kwargs, on_rows=self.mode == "packed")
         alone = Alone(model, guide, args, kwargs, "SparseEnumELBO")
         guide = as_costs(guide, args, kwargs)
         if self.vectorize_particles:
@@ -128,16 +145,15 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._record = record = StepRecord()
         for _ in range(1 if self.vectorize_particles else self.num_particles):
             yield from self._enumerate(layout, record, model, guide, alone)
-        if self._uncounted:
-            self._ratios.update(self._count_work(model, guide, alone))
+        if self._choice.uncounted:
+            self._choice.ratios.update(self._count_work(model, guide, alone))
 
     def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], alone: Alone) -> layouts.Layout:
         if self.mode != "auto":
             return layouts.union if self.mode == "union" else layouts.padded
-        if not self._ratios:
-            self._ratios = self._count_work(model, guide, alone)
-        self._uncounted.clear()
-        return layouts.cheapest(self._ratios, int(self.max_plate_nesting), self._uncounted)
+        if not self._choice.ratios:
+            self._choice.ratios = self._count_work(model, guide, alone)
+        return self._choice.layout(int(self.max_plate_nesting))
 
     def _count_work(self, model: Any, guide: Any, alone: Alone) -> dict[layouts.Size, float]:
         nesting = int(self.max_plate_nesting)
@@ -208,23 +224,32 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _traces(
         self, guide_enum: SparseEnumMessenger, model_enum: SparseEnumMessenger, model: Any, guide: Any, alone: Alone
     ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
+        compared = self._rows_compared if self.check else None
+        on = OnRows("SparseEnumELBO", int(self.max_plate_nesting), self.chunk_rows, self.gather, compared)
+
+        def rows(guide_trace: poutine.Trace) -> Rows | None:
+            if self.mode == "packed":
+                return rows_of("SparseEnumELBO", guide_trace, guide_enum.sites)
+            found = self._choice.rows("SparseEnumELBO", guide_trace)
+            if found is not None and not on.agrees(model_enum(model), alone.args, alone.kwargs, guide_trace, found):
+                self._choice.refuse(found)
+                return None
+            return found
+
         def run(wrap: Callable[[Any], Any]) -> tuple[poutine.Trace, poutine.Trace]:
-            if on is not None:
-                program = model_enum(model), wrap(guide_enum(guide)), alone
-                pair, self._ran_on = on_packed_rows(*program, on, guide_enum.sites)
+            program = model_enum(model), wrap(guide_enum(guide)), alone
+            if self.mode == "packed":  # its errors are explained by themselves
+                pair, self._ran_on = on_rows(*program, on, rows)
                 return pair
             with self._explained(alone, guide_enum, model_enum):
-                return on_slots(model_enum(model), wrap(guide_enum(guide)), alone, int(self.max_plate_nesting))
+                if self.mode != "auto":
+                    return on_slots(*program, int(self.max_plate_nesting))
+                pair, self._ran_on = on_rows(*program, on, rows)
+            if self._ran_on is None:
+                self._choice.learn(guide_enum.sites, *pair)
+            return pair
 
-        on = self._on_rows()
         return sequential_runs(run)
-
-    def _on_rows(self) -> OnRows | None:
-        """How the model is run on packed rows, if it is."""
-        if self.mode != "packed":
-            return None
-        compared = self._rows_compared if self.check else None
-        return OnRows("SparseEnumELBO", int(self.max_plate_nesting), self.chunk_rows, self.gather, compared)
 
     def _warn_no_sparse_site(self, guide_trace: poutine.Trace) -> None:
         if "" in self._warned or not self.strict_enumeration_warning:

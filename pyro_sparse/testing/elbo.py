@@ -83,17 +83,17 @@ def _check_case(elbo: Callable[..., ELBO], case: Case, tol: float) -> str:
     """What is wrong in one case; empty if nothing is."""
     with clean_room():
         guide = case.guide if case.reference_guide is None else case.reference_guide
-        expected = _evaluate(TraceEnum_ELBO, case, config_enumerate(guide))
+        expected = evaluate(TraceEnum_ELBO, case, config_enumerate(guide))
     with clean_room():
         try:
-            got = _evaluate(elbo, case, case.guide)
+            got = evaluate(elbo, case, case.guide)
         except Exception as error:  # whatever it is, say in which case
             raise AssertionError(f"check_elbo: case {case.name}: the ELBO raised {error!r}") from error
     wrong = wrong_quantities(expected, got, tol)
     return f"case {case.name}: {wrong}" if wrong else ""
 
 
-def _evaluate(make_elbo: Callable[..., ELBO], case: Case, guide: Callable[..., Any]) -> dict[str, Tensor]:
+def evaluate(make_elbo: Callable[..., ELBO], case: Case, guide: Callable[..., Any]) -> dict[str, Tensor]:
     """The loss by each method and, where the method has one, the gradient of every parameter."""
     # A run without enumeration registers the parameters, so that drawing their first values takes no noise later.
     pyro.set_rng_seed(0)

@@ -152,12 +152,12 @@ def test_duplicated_padding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 class WithoutScale(SparseEnumELBO):
     """Forgets plates that are subsampled, and poutine.scale."""
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         class DropScale(poutine.messenger.Messenger):
             def _pyro_sample(self, msg: Any) -> None:
                 msg["scale"] = 1.0
 
-        return super()._get_trace(DropScale()(model), DropScale()(guide), args, kwargs)
+        return super()._get_traces(DropScale()(model), DropScale()(guide), args, kwargs)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
@@ -13,17 +14,20 @@ class SparseDistribution(TorchDistribution):
     r"""
     A discrete distribution that knows which of its outcomes carry probability.
 
-    A family implements :meth:`sparse_support` and :attr:`support_size` beside the methods of any Pyro distribution.
+    A family implements :meth:`support_values` and :attr:`support_size` beside the methods of any Pyro distribution.
     :meth:`~pyro.distributions.TorchDistribution.enumerate_support` stays dense, so that the same site under stock
-    ``TraceEnum_ELBO`` is the exact dense reference.
+    ``TraceEnum_ELBO`` is the exact dense reference. A family whose outcomes nobody can list, such as vectors of 40
+    bits, sets ``has_enumerate_support`` to False, and leaves :attr:`num_outcomes` None and :meth:`to_dense` out.
     """
 
     has_enumerate_support = True
     has_sparse_support = True
 
     @property
-    def num_outcomes(self) -> int:
-        """K, the number of outcomes of :meth:`enumerate_support`."""
+    def num_outcomes(self) -> int | None:
+        """K, the number of outcomes of :meth:`enumerate_support`; None where they cannot be listed."""
+        if not self.has_enumerate_support:
+            return None
         raise NotImplementedError
 
     @property
@@ -61,9 +65,25 @@ class SparseDistribution(TorchDistribution):
         log_probs = self.log_prob(values)
         return (values.expand(values.shape[:1] + self.batch_shape + self.event_shape) if expand else values), log_probs
 
+    def support_rows(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        r"""
+        The support without padding: one row for each element of the batch and outcome of positive probability.
+
+        Returns:
+            ``index``, for each batch dim the element that each of the N rows belongs to, ``(N,)``; ``values``,
+            ``(N,) + event_shape``; ``log_probs``, ``(N,)``. Ordered by element. Reads N from the device.
+        """
+        values, log_probs = self.sparse_support()
+        kept = (log_probs > -math.inf).movedim(0, -1)
+        index = kept.nonzero(as_tuple=True)
+        slots = (index[-1], *index[:-1])
+        return index[:-1], values[slots], log_probs[slots]
+
     def to_dense(self) -> TorchDistribution:
         """The stock distribution with the same probabilities."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__}.to_dense: expected a family with a stock form, got one without. Use its own."
+        )
 
     def narrowed(self, keep: Tensor) -> SparseDistribution:
         """
@@ -80,9 +100,12 @@ class SparseDistribution(TorchDistribution):
 class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
     """:class:`~pyro.distributions.MaskedDistribution` that forwards the sparse support of its base."""
 
-    has_enumerate_support = True
     expand = MaskedDistribution.expand
     base_dist: SparseDistribution
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        return self.base_dist.has_enumerate_support
 
     @property
     def mode(self) -> Tensor:
@@ -93,7 +116,7 @@ class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
         return scale_and_mask(self.base_dist.entropy(), mask=self._mask)
 
     @property
-    def num_outcomes(self) -> int:
+    def num_outcomes(self) -> int | None:
         return self.base_dist.num_outcomes
 
     @property
@@ -107,6 +130,10 @@ class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
     def sparse_support(self, expand: bool = True) -> tuple[Tensor, Tensor]:
         """The sparse support of the base, with its unmasked log-probabilities."""
         return self.base_dist.sparse_support(expand)
+
+    def support_rows(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Those of the base, with its unmasked log-probabilities."""
+        return self.base_dist.support_rows()
 
     def narrowed(self, keep: Tensor) -> SparseDistribution:
         base = self.base_dist.narrowed(keep)

@@ -114,7 +114,8 @@ class EstimatorMessenger(MaskedRowsMessenger):
                 msg["fn"] = with_linear_log_prob(msg["fn"], name)
                 self.relaxed.append(name)
         else:
-            require_outcomes("Exact", self._site(msg, law(msg["fn"])))
+            if not getattr(law(msg["fn"]), "has_sparse_support", False):  # whose support it may list without all others
+                require_outcomes("Exact", self._site(msg, law(msg["fn"])))
             self.layout = layouts.union if estimator.mode == "union" else layouts.padded
             self.max_support = estimator.max_support
             if estimator.mode == "packed":

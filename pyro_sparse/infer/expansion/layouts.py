@@ -9,14 +9,14 @@ Pyro's parallel enumeration then broadcasts. Every row's support must be among i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 
 Layout = Callable[[str, SparseDistribution, tuple[int, ...]], Tensor]
-Size = tuple[str, int, int]
+Size = tuple[str, int, int | None]
 
 WORTHWHILE = 0.8  # a layout must leave at most this share of the work, to pay for finding and gathering the support
 
@@ -36,30 +36,39 @@ def dense(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Te
     return fn.enumerate_support(expand=False)
 
 
-def size(name: str, batch_shape: tuple[int, ...], outcomes: int, nesting: int) -> Size:
+def size(name: str, batch_shape: tuple[int, ...], outcomes: int | None, nesting: int) -> Size:
     """What the costs of a site's slots depend on: also how many rows its plates have, to a factor of two."""
     rows = math.prod(batch_shape[-nesting:]) if nesting else 1
     return name, rows.bit_length(), outcomes
 
 
-def cheapest(ratios: Mapping[Size, float], nesting: int, uncounted: set[Size]) -> Layout:
+def cheapest(
+    ratios: Mapping[Size, float],
+    nesting: int,
+    uncounted: set[Size],
+    packing: set[str] | None = None,
+    unpackable: Collection[str] = (),
+) -> Layout:
     r"""
     The layout with the least work, given what a slot costs.
 
     A decoder's work is :math:`\alpha` for what it computes from the outcome alone and :math:`\beta` for what it
     computes from outcome and row. One outcome shared by B rows costs :math:`\alpha + \beta B`, one slot with a value
     per row :math:`(\alpha + \beta) B`; their ratio r, between 1 and B, decides: S slots of the padded layout cost as
-    much as S·r shared outcomes, to be compared with the union's U and with all K.
+    much as S·r shared outcomes, to be compared with the union's U and with all K. Packed rows cost as much as the mean
+    support in place of S, and something for taking them apart.
 
     Args:
         ratios: r for each site (:func:`~pyro_sparse.infer.work.slot_ratios`); sites not in it are padded.
         nesting: how many dims plates have.
         uncounted: gets the sizes that are not in ``ratios``.
+        packing: gets the sites that are padded to be packed; None where they cannot be.
+        unpackable: sites that are not to be.
     """
 
     def layout(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
-        outcomes = fn.num_outcomes
-        key = size(name, fn.batch_shape, outcomes, nesting)
+        outcomes = math.inf if fn.num_outcomes is None else fn.num_outcomes
+        key = size(name, fn.batch_shape, fn.num_outcomes, nesting)
         ratio = ratios.get(key)
         if ratio is None:
             uncounted.add(key)
@@ -67,11 +76,19 @@ def cheapest(ratios: Mapping[Size, float], nesting: int, uncounted: set[Size]) -
         if outcomes <= ratio:  # even one slot per row costs as much as all outcomes
             return dense(name, fn, shared_dims)
         values = padded(name, fn, shared_dims)
-        work = ratio * len(values)
+        work, packs = ratio * len(values), False
+        if packing is not None and name not in unpackable:
+            packed = ratio * float(fn.support_size.double().mean()) / WORTHWHILE
+            if packed < work:
+                work, packs = packed, True
         if ratio * WORTHWHILE > 1:  # else the union, at least as long as the longest support, saves too little
             shared = union(name, fn, shared_dims)
             if len(shared) < work:
-                values, work = shared, len(shared)
-        return values if work <= WORTHWHILE * outcomes else dense(name, fn, shared_dims)
+                values, work, packs = shared, len(shared), False
+        if work > WORTHWHILE * outcomes:
+            return dense(name, fn, shared_dims)
+        if packs and packing is not None:
+            packing.add(name)
+        return values
 
     return layout

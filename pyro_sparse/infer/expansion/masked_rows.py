@@ -43,7 +43,7 @@ class MaskedRowsMessenger(SparseEnumMessenger):
         fn: SparseDistribution = msg["fn"]
         mask = mask_of(msg)
         mask = None if mask is None else mask.to(fn.support_size.device)
-        if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape:
+        if mask is None or _shape(mask, fn.batch_shape) != fn.batch_shape or not fn.has_enumerate_support:
             return
         self.masked = True
         if bool(mask.all()):
@@ -59,7 +59,7 @@ class MaskedRowsMessenger(SparseEnumMessenger):
         site = self.sites[msg["name"]]
         self.sites[msg["name"]] = replace(site, support_size=torch.where(mask, site.support_size, 0))
         # With one slot, the traces would not tell which terms depend on the site.
-        return _with_another(values, fn) if len(values) == 1 and fn.num_outcomes > 1 else values
+        return _with_another(values, fn) if len(values) == 1 and fn.num_outcomes != 1 else values
 
 
 def mask_of(node: Any) -> Tensor | None:

@@ -20,10 +20,10 @@ class PlatesUnknownError(Exception):
 
 @dataclass(frozen=True)
 class SparseSite:
-    """What one enumerated site had: the support size of each row (0 if masked), the number of outcomes."""
+    """What one enumerated site had: the support size of each row (0 if masked), the number of outcomes, if known."""
 
     support_size: Tensor
-    num_outcomes: int
+    num_outcomes: int | None
 
 
 class SparseEnumMessenger(EnumMessenger):
@@ -94,6 +94,11 @@ class SparseEnumMessenger(EnumMessenger):
             raise ValueError(
                 f"{self.owner}, site '{name}': expected infer['enumerate_support'] 'sparse' or 'dense', "
                 f"got {asked!r}. Leave it out for the sparse support."
+            )
+        if asked == "dense" and not fn.has_enumerate_support:
+            raise ValueError(
+                f"{self.owner}, site '{name}': expected a distribution that lists its outcomes for "
+                f"infer['enumerate_support'] 'dense', got {fn}. Leave it out for the sparse support."
             )
         sizes = fn.support_size
         if self.max_support is not None and asked == "sparse" and int(sizes.max()) > self.max_support:

@@ -70,12 +70,13 @@ class Rows:
         for start in range(0, self.count, size):
             yield self.part(start, min(start + size, self.count))
 
-    def last_of_each(self) -> Rows:
-        """One row for each example: the last of its own."""
-        example = self.example
-        last = torch.ones_like(example, dtype=torch.bool)
-        last[:-1] = example[1:] != example[:-1]
-        return replace(self, index=self.index[:, last])
+    def some_of_each(self, how_many: int) -> Iterator[Rows]:
+        """So many times one row for each example: its last, its first, and others between."""
+        first = torch.searchsorted(self.example, torch.arange(self.sizes[-1], device=self.index.device))
+        count = self.example.bincount(minlength=self.sizes[-1])
+        for i in range(min(how_many, int(count.max()))):
+            place = torch.zeros_like(count) if i == 1 else (count - 1) // max(i, 1)
+            yield replace(self, index=self.index[:, first + place])
 
     def gather(self, value: Tensor, event_dim: int = 0) -> Tensor:
         """What belongs to each row of values that vary in these dims: the plate's dim has N elements then."""
@@ -92,13 +93,12 @@ class Rows:
         return rows
 
     def scatter(self, value: Tensor) -> Tensor:
-        """A value of each row, brought back to the slots and the plate; zero (or False) elsewhere."""
+        """A value of each row, none of them spare, brought back to the slots and the plate; zero or False elsewhere."""
         missing = -min(self.dims) - value.dim()
         value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
         rows = value.movedim(self.dims, tuple(range(len(self.dims)))).flatten(0, len(self.dims) - 1)
-        used = self.index.shape[1] - self.spare
         slots = rows.new_zeros(math.prod(self.sizes), *rows.shape[1:])
-        slots = slots.index_copy(0, self._flat(self.sizes)[:used], rows[:used])
+        slots = slots.index_copy(0, self._flat(self.sizes), rows)
         slots = slots.reshape(self.sizes + rows.shape[1:]).movedim(tuple(range(len(self.dims))), self.dims)
         while slots.dim() and len(slots) == 1:
             slots = slots.squeeze(0)
@@ -111,6 +111,12 @@ class Rows:
             if size > 1:
                 index, stride = index + stride * places, stride * size
         return index
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, without spare ones."""
+    index = torch.cat([part.index[:, : part.count - part.spare] for part in parts], 1)
+    return replace(parts[0], index=index, spare=False)
 
 
 def rows_of(owner: str, guide_trace: Any, names: Collection[str]) -> Rows | None:

@@ -24,14 +24,14 @@ class SupportStats:
         model_rows: (example, outcome) rows on which the model ran, padding included: the largest number of
             log-probabilities at one model site, summed over particles that are not vectorised.
         dense_rows: what enumerating all K outcomes would have cost; where two sites meet in a third and one of them
-            has a support of one outcome everywhere, a lower bound.
+            has a support of one outcome everywhere, a lower bound. None where nobody can list the outcomes.
         sites: for each sparse site its mean and largest support size.
     """
 
     mean: float
     max: int
     model_rows: int
-    dense_rows: int
+    dense_rows: int | None
     sites: Mapping[str, tuple[float, int]]
 
 
@@ -41,13 +41,14 @@ class StepRecord:
 
     sites: list[Mapping[str, SparseSite]] = field(default_factory=list)
     model_rows: int = 0
-    dense_rows: int = 0
+    dense_rows: int | None = 0
 
     def add(
         self, sites: Mapping[str, SparseSite], model_trace: Any, guide_trace: Any, ran_on: int | None = None
     ) -> None:
         """Adds one particle's traces; and on how many rows the model ran, if these do not tell."""
         dims = {**_enumerate_dims(guide_trace, sites), **_enumerate_dims(model_trace, sites)}
+        listed = {name: site.num_outcomes for name, site in sites.items() if site.num_outcomes is not None}
         rows, dense_rows = 0, 0
         for name, site in model_trace.nodes.items():
             if site["type"] != "sample":
@@ -55,12 +56,12 @@ class StepRecord:
             sizes = {-1 - i: size for i, size in enumerate(reversed(site["log_prob"].shape))}
             rows = max(rows, prod(sizes.values()))
             for other, dim in dims.items():
-                if sizes.get(dim, 1) > 1 or other == name:
-                    sizes[dim] = sites[other].num_outcomes
+                if other in listed and (sizes.get(dim, 1) > 1 or other == name):
+                    sizes[dim] = listed[other]
             dense_rows = max(dense_rows, prod(sizes.values()))
         self.sites.append(sites)
         self.model_rows += rows if ran_on is None else ran_on
-        self.dense_rows += dense_rows
+        self.dense_rows = None if self.dense_rows is None or len(listed) < len(sites) else self.dense_rows + dense_rows
 
     def summary(self) -> SupportStats:
         """The statistics; synchronises with the device."""

@@ -39,12 +39,14 @@ class CountWork(TorchDispatchMode):
 
 def probe(slots: int, expanded: bool, site: str | None = None) -> Layout:
     """
-    The first ``slots`` outcomes at ``site`` and one at all others, one list for all rows or (``expanded``) a copy of
+    So many outcomes at ``site`` and one at all others, one list for all rows or (``expanded``) a copy of
     it in each row. The values are not a support: only the cost of running on them means anything.
     """
 
     def layout(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
-        values = fn.enumerate_support(expand=False)[: slots if name == site else 1]
+        count = slots if name == site else 1
+        support = fn.support_values(tuple(range(-len(fn.batch_shape), 0)))
+        values = torch.cat([support[:count], *[support[:1]] * (count - len(support))])
         if name != site or not expanded:
             return values
         batch = [1 if dim - len(fn.batch_shape) in shared_dims else n for dim, n in enumerate(fn.batch_shape)]

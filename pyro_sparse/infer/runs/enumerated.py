@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 from pyro import poutine
@@ -11,7 +11,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 
-from pyro_sparse.infer.expansion.rows import rows_of
+from pyro_sparse.infer.expansion.rows import Rows
 from pyro_sparse.infer.pyro_internals import check_local_sampling
 from pyro_sparse.infer.runs.explanations import Alone, explained_on_rows
 from pyro_sparse.infer.runs.on_rows import OnRows
@@ -24,17 +24,15 @@ def on_slots(model: Any, guide: Any, alone: Alone, nesting: int) -> Pair:
     return _packed(*get_importance_trace("flat", nesting, model, guide, alone.args, alone.kwargs))
 
 
-def on_packed_rows(model: Any, guide: Any, alone: Alone, on: OnRows, sites: Collection[str]) -> tuple[Pair, int | None]:
-    """
-    The same, with the model on the rows of these sites; and on how many it ran. ``sites`` is read once the guide has
-    run.
-    """
+def on_rows(
+    model: Any, guide: Any, alone: Alone, on: OnRows, rows_of: Callable[[poutine.Trace], Rows | None]
+) -> tuple[Pair, int | None]:
+    """The same, with the model on packed rows of the guide's trace, if there are any; and on how many it ran."""
     guide_trace = poutine.trace(guide).get_trace(*alone.args, **alone.kwargs)
-    rows = rows_of(alone.owner, guide_trace, sites)
+    rows, ran_on = rows_of(guide_trace), None
     if rows is None:
         model = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(model).get_trace(*alone.args, **alone.kwargs)
-        ran_on = None
     else:
         with explained_on_rows(alone, rows.frame.name):
             on.check_once(model, alone.args, alone.kwargs, guide_trace, rows)

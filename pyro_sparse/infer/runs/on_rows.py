@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_sparse.infer.expansion.masked_rows import mask_of
-from pyro_sparse.infer.expansion.rows import Rows, place
+from pyro_sparse.infer.expansion.rows import Rows, joined, place
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, is_subsample
 from pyro_sparse.infer.runs.explanations import ON_ROWS
@@ -27,6 +27,7 @@ from pyro_sparse.infer.runs.together import close, evaluated
 from pyro_sparse.infer.runs.undisturbed import undisturbed
 
 Gather = Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]]
+COMPARED = 4  # outcomes of each example that are compared with ordinary runs
 # What of a node would keep the graph of its run, or is said anew.
 _OF_A_RUN = ("log_prob", "log_prob_sum", "unscaled_log_prob", "packed")
 
@@ -56,7 +57,7 @@ class OnRows:
         """The model's trace, with log-probabilities in slots, and on how many rows its largest site ran."""
         indices = guide_trace.nodes[rows.frame.name]["value"] if rows.frame.name in guide_trace.nodes else None
         sites: dict[str, list[_Scored]] = {}
-        joined, again, ran_on = poutine.Trace(), dims_as_now(), 0
+        result, again, ran_on = poutine.Trace(), dims_as_now(), 0
         for part in rows.parts(self.chunk_rows):
             scored: list[_Scored] = []
 
@@ -74,14 +75,25 @@ class OnRows:
                 if site.in_rows or not kept:  # what lies outside of the rows is the same in all parts
                     kept.append(_Scored(site.node, log_prob, site.mask, site.rows, site.in_rows))
         for name, parts in sites.items():
-            joined.add_node(name, **_in_slots(parts, guide_trace, self.nesting))
-        return joined, ran_on
+            result.add_node(name, **_in_slots(parts, guide_trace, self.nesting))
+        return result, ran_on
 
     def check_once(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
         """Under validation, raises if at the first run the rows are not what an ordinary run has."""
         if self.compared is not None and rows.frame.name not in self.compared and is_validation_enabled():
             require_rows_alone(self, model, args, kwargs, guide_trace, rows)
             self.compared.add(rows.frame.name)
+
+    def agrees(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> bool:
+        """Whether the rows are what an ordinary run has; found out once for a plate."""
+        if self.compared is None or rows.frame.name in self.compared:
+            return True
+        try:
+            require_rows_alone(self, model, args, kwargs, guide_trace, rows)
+        except Exception:  # whatever it is: it may be for slots only
+            return False
+        self.compared.add(rows.frame.name)
+        return True
 
     def _scores(
         self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows, indices: Tensor | None
@@ -166,9 +178,10 @@ def _in_slots(parts: list[_Scored], guide_trace: Any, nesting: int) -> dict[str,
         return node
     log_prob, mask = parts[0].log_prob, parts[0].mask
     if parts[0].in_rows:
-        log_prob = _sum([part.rows.scatter(_filled(part.log_prob, part.rows)) for part in parts])
+        rows = joined([part.rows for part in parts])
+        log_prob = rows.scatter(_side_by_side([(part.log_prob, part.rows) for part in parts]))
         if any(part.mask is not None for part in parts):
-            mask = _sum([part.rows.scatter(_filled(_mask_of(part), part.rows)) for part in parts])
+            mask = rows.scatter(_side_by_side([(_mask_of(part), part.rows) for part in parts]))
     node.update(
         fn=_InSlots(log_prob.shape[max(log_prob.dim() - nesting, 0) :], node["fn"]),
         mask=mask,
@@ -181,25 +194,23 @@ def _in_slots(parts: list[_Scored], guide_trace: Any, nesting: int) -> dict[str,
     return node
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    """Each is zero, or False, where another is not."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total | part if total.dtype == torch.bool else total + part
-    return total
-
-
 def _mask_of(part: _Scored) -> Tensor:
     return torch.ones((), dtype=torch.bool, device=part.log_prob.device) if part.mask is None else part.mask
 
 
-def _filled(value: Tensor, rows: Rows) -> Tensor:
-    """With an element for each row, also where all have the same."""
-    missing = -rows.dim - value.dim()
-    value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
-    shape = list(value.shape)
-    shape[rows.dim] = rows.count
-    return value.expand(shape)
+def _side_by_side(parts: list[tuple[Tensor, Rows]]) -> Tensor:
+    """The values of all parts along the dim of the rows, also where all rows have the same; without spare ones."""
+    dim = parts[0][1].dim
+    values = []
+    for value, rows in parts:
+        missing = -dim - value.dim()
+        value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
+        shape = list(value.shape)
+        shape[dim] = rows.count
+        values.append(value.expand(shape).narrow(dim, 0, rows.count - rows.spare))
+    shape = list(torch.broadcast_shapes(*(value.movedim(dim, -1).shape[:-1] for value in values)))
+    together = torch.cat([value.movedim(dim, -1).expand(*shape, value.shape[dim]) for value in values], -1)
+    return together.movedim(-1, dim) if dim != -1 else together
 
 
 def _of_rows(node: Any, rows: Rows) -> Tensor:
@@ -212,9 +223,30 @@ def _of_rows(node: Any, rows: Rows) -> Tensor:
 
 
 def _made_again(run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Keeps no graph: the backward pass runs it again."""
+    """Keeps no graph: the backward pass runs it again, on the same random numbers, if it takes any."""
+    taken: list[list[Tensor]] = []
+    begun = False
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+    def run_as_before() -> list[Tensor]:
+        nonlocal begun
+        if begun:
+            devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+            with torch.random.fork_rng(devices):
+                for cpu, *cuda in taken:
+                    torch.set_rng_state(cpu)
+                    torch.cuda.set_rng_state_all(cuda)
+                return run()
+        begun, before = True, states()
+        result = run()
+        if not all(map(torch.equal, before, states())):  # kept only then: a state takes 5 kB for each part
+            taken.append(before)
+        return result
+
     with set_checkpoint_early_stop(False):
-        result: list[Tensor] = checkpoint(run, use_reentrant=False)
+        result: list[Tensor] = checkpoint(run_as_before, use_reentrant=False, preserve_rng_state=False)
     return result
 
 
@@ -233,7 +265,8 @@ class _RowsMessenger(Messenger):
         if asked is not None and asked != rows.count:
             raise ValueError(
                 f"{self.owner}, plate '{msg['name']}': expected as many elements as there are rows, got "
-                f"subsample_size={asked}, a number that is not the data's. Use subsample_size=len(x), x an argument."
+                f"subsample_size={asked}, a number that is not the data's. Use subsample_size=len(x), x an argument "
+                "with a row for each element, or one that gather= places."
             )
         if given is not None:
             if len(given) != rows.count:  # indices that are no argument
@@ -265,42 +298,44 @@ class _RowsMessenger(Messenger):
 
 def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
     """
-    Raises if on packed rows the model has other log-probabilities than in an ordinary run, with one outcome for each
+    Raises if on packed rows the model has other log-probabilities than in ordinary runs, with one outcome for each
     example, where no noise reaches. A model that runs on rows only is not compared.
     """
-    each = rows.last_of_each()
-    given = guide_trace.copy()
-    for name, node in guide_trace.nodes.items():
-        if node["type"] == "sample" and not site_is_subsample(node) and not node["is_observed"]:
-            given.nodes[name] = {**node, "value": _of_rows(node, each)}
+    differing: set[str] = set()
     with undisturbed(), poutine.block(), evaluated(DROPOUT):
+        again = dims_as_now()
 
-        def ordinary() -> Any:
+        def ordinary(each: Rows) -> Any:
+            given = guide_trace.copy()
+            for name, node in guide_trace.nodes.items():
+                if node["type"] == "sample" and not site_is_subsample(node) and not node["is_observed"]:
+                    given.nodes[name] = {**node, "value": _of_rows(node, each)}
             again()
             trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
             trace.compute_log_prob()
             return trace.nodes
 
-        again = dims_as_now()
-        try:
-            nodes, same = ordinary(), ordinary()
-        except Exception:  # it is for rows only: it may branch on a value
-            return
+        packed: Any = None
+        for each in rows.some_of_each(COMPARED):
+            try:
+                nodes, same = ordinary(each), ordinary(each)
+            except Exception:  # it is for rows only: it may branch on a value
+                break
+            if packed is None:
+                again()
+                packed = on.run(model, args, kwargs, guide_trace, rows)[0].nodes
+            for name, node in nodes.items():
+                if node["type"] != "sample" or site_is_subsample(node):
+                    continue
+                got = packed[name]["log_prob"] if name in packed else torch.full((), torch.nan)
+                inside = any(frame.name == rows.frame.name for frame in node["cond_indep_stack"])
+                got = each.gather(got) if inside and name in packed else got
+                if close(node["log_prob"], same[name]["log_prob"]) and not close(got, node["log_prob"]):
+                    differing.add(name)
         again()
-        packed = on.run(model, args, kwargs, guide_trace, rows)[0].nodes
-        again()
-        differing = []
-        for name, node in nodes.items():
-            if node["type"] != "sample" or site_is_subsample(node):
-                continue
-            got = packed[name]["log_prob"] if name in packed else torch.full((), torch.nan)
-            inside = any(frame.name == rows.frame.name for frame in node["cond_indep_stack"])
-            got = each.gather(got) if inside and name in packed else got
-            if close(node["log_prob"], same[name]["log_prob"]) and not close(got, node["log_prob"]):
-                differing.append(name)
     if differing:
         raise ValueError(
             f"{on.owner}, plate '{rows.frame.name}': expected a model whose rows do not see each other, got other "
-            f"log-probabilities at {differing} on packed rows than on the batch. {ON_ROWS} (This is checked once, "
-            "under validation; check=False leaves it out.)"
+            f"log-probabilities at {sorted(differing)} on packed rows than on the batch. {ON_ROWS} (This is checked "
+            "once, under validation; check=False leaves it out.)"
         )

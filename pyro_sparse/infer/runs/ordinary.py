@@ -32,3 +32,19 @@ def sites_of(traces: Iterable[poutine.Trace]) -> dict[str, Any]:
 def nesting_of(traces: Iterable[poutine.Trace]) -> int:
     frames = [frame for site in sites_of(traces).values() for frame in site["cond_indep_stack"] if frame.vectorized]
     return max((-frame.dim for frame in frames), default=0)
+
+
+def guess_nesting(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any, *, on_rows: bool) -> None:
+    """
+    As Pyro's ELBOs find ``max_plate_nesting``. A model that runs on packed rows only, as one that branches on a value,
+    has the plates of its guide.
+    """
+    try:
+        elbo._guess_max_plate_nesting(model, guide, args, kwargs)
+    except Exception:  # whatever it is: if the guide runs, the run on rows decides
+        if not on_rows:
+            raise
+        with poutine.block():
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        particles = elbo.vectorize_particles and elbo.num_particles > 1
+        elbo.max_plate_nesting = nesting_of([trace]) + int(particles)

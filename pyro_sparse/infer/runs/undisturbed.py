@@ -58,14 +58,21 @@ def _filled(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def before_every_forward(act: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Calls ``act`` before each call of a module."""
+    """Calls ``act`` before each call of a module; of a compiled one once, from outside."""
+
+    act = torch.compiler.disable(act) if has_compiled() else act  # the compiler would take it into the network
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            act(module, args)
+
     with ExitStack() as stack:
         if has_compiled():  # a compiled module warns that it calls a hook twice
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings(
                 "ignore", r"Using `torch\.compile\(module\)` when there are global hooks", UserWarning
             )
-        hook = nn.modules.module.register_module_forward_pre_hook(act)
+        hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
         try:
             yield
         finally:

@@ -1,0 +1,771 @@
+"""Packed rows: the same numbers as dense enumeration, at the cost of the outcomes that have probability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import ELBO, SVI, TraceEnum_ELBO, config_enumerate
+from torch import Size, Tensor, nn
+
+import pyro_sparse.distributions as sdist
+from pyro_sparse.diagnostics import peak_memory
+from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.estimators import Exact, LeaveOneOut, RaoBlackwell
+from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
+from pyro_sparse.infer.expansion.rows import Rows
+from pyro_sparse.infer.runs.on_rows import OnRows
+from pyro_sparse.testing.comparison import clean_room, wrong_quantities
+from pyro_sparse.testing.elbo import check_elbo, evaluate
+from pyro_sparse.testing.models import Case, packed_grid, table
+
+B, K = 5, 4
+Program = tuple[Callable[..., None], Callable[..., None]]
+
+
+# On 200 programs.
+
+
+def ours(how: str, case: Case) -> Callable[..., ELBO]:
+    options: dict[str, Any] = {"rows": {}, "rows of 1": {"chunk_rows": 1}, "rows of 7": {"chunk_rows": 7}}[how]
+    return partial(SparseEnumELBO, "packed", **options)
+
+
+def with_exact(case: Case, mode: str) -> Callable[..., ELBO]:
+    guide: Any = case.guide
+    sites = [f"z{j}" for j in range(guide.__self__.options.sites)]
+    return partial(EstimatorELBO, {name: Exact(mode) for name in sites})
+
+
+@pytest.mark.parametrize(
+    ("how", "case"),
+    [  # each program in one way in the fast suite, in the others in the slow one
+        pytest.param(how, case, id=f"{how}-{case.name}", marks=[] if i % 20 == j else pytest.mark.slow)
+        for i, case in enumerate(packed_grid(200))
+        for j, how in enumerate(["rows", "rows of 1", "rows of 7", "estimator"])
+    ],
+)
+def test_equals_dense_enumeration(how: str, case: Case) -> None:
+    if how != "estimator":
+        check_elbo(ours(how, case), cases=[case])
+    elif "monte_carlo" not in case.name:
+        check_elbo(with_exact(case, "packed"), cases=[case])
+    else:  # a draw's score function has another cost there than under TraceEnum_ELBO
+        with clean_room():
+            expected = evaluate(with_exact(case, "padded"), case, case.guide)
+        with clean_room():
+            got = evaluate(with_exact(case, "packed"), case, case.guide)
+        assert not wrong_quantities(expected, got, 1e-10)
+
+
+CASE = packed_grid(20)[3]
+
+
+def test_a_row_that_is_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_last(self: Rows, size: int | None) -> Any:
+        return (self.part(start, start + 1) for start in range(self.count - 1))
+
+    monkeypatch.setattr(Rows, "parts", without_last)
+    with pytest.raises(AssertionError, match="1 of 1 cases differ"):
+        check_elbo(partial(SparseEnumELBO, "packed", check=False), cases=[CASE])
+
+
+def test_a_wrong_parent_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rows, "example", property(lambda self: self.index[-1].roll(1)))
+    with pytest.raises(AssertionError, match="1 of 1 cases differ"):
+        check_elbo(partial(SparseEnumELBO, "packed", check=False), cases=[CASE])
+
+
+def test_a_dropped_scale_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = Vae()
+    scored = OnRows._scored
+
+    def without_scale(self: OnRows, node: Any, rows: Rows) -> Any:
+        result = scored(self, node, rows)
+        result.node["scale"] = 1.0
+        return result
+
+    monkeypatch.setattr(OnRows, "_scored", without_scale)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_dense(vae, SparseEnumELBO("packed", max_plate_nesting=1, check=False), vae.images)
+
+
+# What a user writes.
+
+
+class Vae(nn.Module):
+    """A code per image, and a style; the supports have one, some and all outcomes."""
+
+    def __init__(self, size: int = B, codes: int = K) -> None:
+        super().__init__()
+        scores = 3 * table("scores", size, codes)
+        scores[0], scores[1] = 9 * torch.eye(codes)[0], 0.0
+        self.scores = nn.Parameter(scores)
+        self.style = nn.Parameter(table("style", size))
+        self.embed, self.out = nn.Embedding(codes, 3), nn.Linear(4, 2)
+        self.images, self.total = table("images", size, 2), 3 * size
+
+    def model(self, images: Tensor) -> None:
+        with pyro.plate("data", self.total, subsample_size=len(images)):
+            style = pyro.sample("style", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(self.embed.num_embeddings)))
+            self.observe(images, z, style)
+
+    def observe(self, images: Tensor, z: Tensor, style: Tensor) -> None:
+        pyro.module("vae", self)
+        z, style = torch.broadcast_tensors(z, style)
+        h = torch.cat([self.embed(z), style[..., None]], -1)
+        pyro.sample("x", dist.Normal(self.out(h).tanh(), 0.5).to_event(1), obs=images)
+
+    def guide(self, images: Tensor) -> None:
+        with pyro.plate("data", self.total, subsample_size=len(images)):
+            pyro.sample("style", dist.Normal(self.style, 0.3))
+            pyro.sample("z", sdist.SparseCategorical(self.scores))
+
+
+def result(elbo: ELBO, vae: nn.Module, model: Any, guide: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
+    vae.zero_grad()
+    pyro.set_rng_seed(3)
+    loss = elbo.loss_and_grads(model, guide, *args, **kwargs)
+    return [torch.tensor(loss), *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in vae.parameters())]
+
+
+def assert_dense(vae: Any, elbo: ELBO, *args: Any, model: Any = None, guide: Any = None, **kwargs: Any) -> None:
+    model, guide = model or vae.model, guide or vae.guide
+    expected = result(TraceEnum_ELBO(max_plate_nesting=1), vae, model, config_enumerate(guide), *args, **kwargs)
+    got = result(elbo, vae, model, guide, *args, **kwargs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+PACKED: dict[str, Callable[[], ELBO]] = {
+    "packed": lambda: SparseEnumELBO("packed", max_plate_nesting=1),
+    "one at a time": lambda: SparseEnumELBO("packed", chunk_rows=1, max_plate_nesting=1),
+    "as many as images": lambda: SparseEnumELBO("packed", chunk_rows=B, max_plate_nesting=1),
+    "all": lambda: SparseEnumELBO("packed", chunk_rows=3 * B, max_plate_nesting=1),
+    "estimator": lambda: EstimatorELBO({"z": Exact("packed")}, max_plate_nesting=1),
+    "estimator, chunks": lambda: EstimatorELBO({"z": Exact("packed", chunk_rows=2)}, max_plate_nesting=1),
+    "auto": lambda: SparseEnumELBO("auto", max_plate_nesting=1),
+}
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_a_vae(how: str) -> None:
+    vae = Vae()
+    assert_dense(vae, PACKED[how](), vae.images)
+
+
+@pytest.mark.parametrize("how", ["packed", "one at a time", "estimator"])
+def test_no_grad_and_inference_mode(how: str) -> None:
+    vae, elbo = Vae(), PACKED[how]()
+    losses = []
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        pyro.set_rng_seed(3)
+        with context():
+            losses.append(elbo.differentiable_loss(vae.model, vae.guide, vae.images).item())
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smaller_dtypes_are_the_padded_ones(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    vae = Vae().to(dtype)
+    images = vae.images.to(dtype)
+    padded = result(SparseEnumELBO(max_plate_nesting=1), vae, vae.model, vae.guide, images)
+    packed = result(SparseEnumELBO("packed", max_plate_nesting=1), vae, vae.model, vae.guide, images)
+    tolerance = 10 * torch.finfo(dtype).eps
+    for a, b in zip(packed, padded, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_a_gradient_by_autograd_and_a_second_one() -> None:
+    vae = Vae()
+
+    def gradients(elbo: ELBO, guide: Any) -> list[Tensor]:
+        pyro.set_rng_seed(3)
+        loss = elbo.differentiable_loss(vae.model, guide, vae.images)
+        first = torch.autograd.grad(loss, list(vae.parameters()), create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), vae.out.weight)]
+
+    expected = gradients(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(vae.guide))
+    for a, b in zip(gradients(SparseEnumELBO("packed", max_plate_nesting=1), vae.guide), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_are_the_outcomes_of_positive_probability() -> None:
+    vae, elbo = Vae(), SparseEnumELBO("packed", max_plate_nesting=1)
+    rows = int((sdist.SparseCategorical(vae.scores).probs > 0).sum())
+    with pyro.validation_enabled(False):
+        elbo.loss(vae.model, vae.guide, vae.images)
+    stats = elbo.last_stats
+    assert stats is not None and (stats.model_rows, stats.dense_rows, stats.max) == (rows, B * K, K)
+
+
+def test_it_trains_as_dense_enumeration_does() -> None:
+    losses = []
+    for make in (lambda: TraceEnum_ELBO(max_plate_nesting=1), PACKED["packed"], PACKED["one at a time"]):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        vae = Vae()
+        guide = config_enumerate(vae.guide) if not losses else vae.guide
+
+        svi = SVI(vae.model, guide, pyro.optim.Adam({"lr": 0.1}), make())
+        pyro.set_rng_seed(0)
+        losses.append([svi.step(vae.images) for _ in range(10)])
+    for other in losses[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(losses[0]), rtol=1e-9, atol=1e-9)
+
+
+# Where data come from.
+
+
+def by_index(vae: Vae) -> Program:
+    """Data, and parameters for each row, by the plate's indices."""
+
+    def model(_: Tensor) -> None:
+        with pyro.plate("data", B) as index:
+            style = pyro.sample("style", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            own = pyro.param("own", table("own", B), event_dim=0)
+            vae.observe(vae.images[index], z, style + own)
+
+    def guide(_: Tensor) -> None:
+        with pyro.plate("data", B):
+            pyro.sample("style", dist.Normal(vae.style, 0.3))
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    return model, guide
+
+
+def by_subsample(vae: Vae) -> Program:
+    """The indices are an argument, and parameters are for all data."""
+
+    def model(index: Tensor) -> None:
+        with pyro.plate("data", 3 * B, subsample=index):
+            style = pyro.sample("style", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            own = pyro.param("own", table("own", 3 * B), event_dim=0)
+            images = pyro.subsample(table("all", 3 * B, 2), event_dim=1)
+            vae.observe(images, z, style + own)
+
+    def guide(index: Tensor) -> None:
+        with pyro.plate("data", 3 * B, subsample=index):
+            pyro.sample("style", dist.Normal(vae.style, 0.3))
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    return model, guide
+
+
+def without_size(vae: Vae) -> Program:
+    def model(images: Tensor) -> None:
+        with pyro.plate("data"):
+            style = pyro.sample("style", dist.Normal(torch.zeros(len(images)), 1.0))
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(len(images), K)))
+            vae.observe(images, z, style)
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data"):
+            pyro.sample("style", dist.Normal(vae.style, 0.3))
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    return model, guide
+
+
+def in_a_dict(vae: Vae) -> Program:
+    def model(batch: dict[str, Any]) -> None:
+        vae.model(batch["images"][0])
+
+    def guide(batch: dict[str, Any]) -> None:
+        vae.guide(batch["images"][0])
+
+    return model, guide
+
+
+PROGRAMS: dict[str, tuple[Callable[[Vae], Program], Callable[[Vae], Any]]] = {
+    "by index": (by_index, lambda vae: vae.images),
+    "by subsample": (by_subsample, lambda vae: torch.tensor([9, 3, 0, 14, 5])),
+    "without a size": (without_size, lambda vae: vae.images),
+    "in a dict": (in_a_dict, lambda vae: {"images": [vae.images, "name"], "n": 3}),
+}
+
+
+@pytest.mark.parametrize("where", PROGRAMS)
+@pytest.mark.parametrize("how", ["packed", "one at a time", "as many as images", "estimator"])
+def test_data(where: str, how: str) -> None:
+    vae = Vae()
+    make, argument = PROGRAMS[where]
+    model, guide = make(vae)
+    results = []
+    for elbo, q in ((TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide)), (PACKED[how](), guide)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        results.append(result(elbo, vae, model, q, argument(vae)))
+        if where.startswith("by"):
+            results[-1].append(dict(pyro.get_param_store().named_parameters())["own"].grad.clone())
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_gather_places_what_the_rule_does_not() -> None:
+    vae = Vae()
+    columns = vae.images.T.contiguous()  # a row is an image in its last dim
+
+    def model(columns: Tensor) -> None:
+        vae.model(columns.T)
+
+    def guide(columns: Tensor) -> None:
+        vae.guide(columns.T)
+
+    def gather(index: Tensor, columns: Tensor) -> Any:
+        return (columns[:, index],), {}
+
+    for elbo in (
+        SparseEnumELBO("packed", gather=gather, max_plate_nesting=1),
+        EstimatorELBO({"z": Exact("packed", gather=gather)}, max_plate_nesting=1),
+    ):
+        assert_dense(vae, elbo, columns, model=model, guide=guide)
+    with pytest.raises(ValueError, match=r"plate 'data': .*got subsample_size=5.*gather="):
+        SparseEnumELBO("packed", max_plate_nesting=1).loss(model, guide, columns)
+    wrong = SparseEnumELBO("packed", gather=lambda index, columns: ((columns[:, :3],), {}), max_plate_nesting=1)
+    with pytest.raises(ValueError, match=r"gather: expected tensors of \d+ rows, got shape \(2, 3\)"):
+        wrong.loss(model, guide, columns)
+
+
+# What a model may do on rows.
+
+
+@pytest.mark.parametrize("make", [partial(SparseEnumELBO, "packed", chunk_rows=1), "estimator"])
+def test_a_decoder_may_branch_on_the_value(make: Any) -> None:
+    vae = Vae()
+
+    def branching(images: Tensor) -> None:
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(images)):
+            style = pyro.sample("style", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            if int(z) == 2:
+                pyro.sample("extra", dist.Normal(style, 1.0), obs=images[..., 0])
+            loc = style.unsqueeze(-1)
+            for _ in range(int(z)):
+                loc = loc.sin() + vae.embed.weight[0, :2]
+            pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=images)
+
+    def at_once(images: Tensor) -> None:
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(images)):
+            style = pyro.sample("style", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            with pyro.poutine.mask(mask=z == 2):
+                pyro.sample("extra", dist.Normal(style, 1.0), obs=images[..., 0])
+            loc, steps = style.unsqueeze(-1).expand(*style.shape, 1), []
+            for _ in range(K):
+                steps.append(loc.expand(*style.shape, 2))
+                loc = loc.sin() + vae.embed.weight[0, :2]
+            at = torch.eye(K)[z]
+            pyro.sample("x", dist.Normal((at[..., None] * torch.stack(steps, -2)).sum(-2), 0.5).to_event(1), obs=images)
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            pyro.sample("style", dist.Normal(vae.style, 0.3))
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    elbo = EstimatorELBO({"z": Exact("packed", chunk_rows=1)}) if make == "estimator" else make()
+    expected = result(TraceEnum_ELBO(max_plate_nesting=1), vae, at_once, config_enumerate(guide), vae.images)
+    elbo.loss(branching, guide, vae.images)  # counts the plates, for which it draws
+    for a, b in zip(result(elbo, vae, branching, guide, vae.images), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_chunks_take_the_random_numbers_of_their_run_again() -> None:
+    """Dropout in the decoder: the gradient is that of the loss, by finite differences along a direction."""
+    vae = Vae()
+    vae.out = nn.Sequential(nn.Dropout(0.4), nn.Linear(4, 2))  # type: ignore[assignment]
+    elbo = SparseEnumELBO("packed", chunk_rows=2, max_plate_nesting=1)
+
+    def loss() -> Tensor:
+        pyro.set_rng_seed(11)
+        return elbo.differentiable_loss(vae.model, vae.guide, vae.images)
+
+    loss()  # the first is compared with an ordinary run
+    weight = vae.embed.weight
+    gradient, direction = torch.autograd.grad(loss(), weight)[0], table("direction", *weight.shape)
+    values = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            weight += step * direction
+            values.append(loss())
+            weight -= step * direction
+    torch.testing.assert_close((gradient * direction).sum(), (values[0] - values[1]) / 2e-5, rtol=1e-6, atol=1e-6)
+
+
+def test_memory_of_chunks_does_not_grow_with_the_rows() -> None:
+    """But for a few numbers of each row: its log-probabilities and where it comes from."""
+    peaks = {}
+    for size, codes in ((16, 8), (32, 8), (16, 32)):
+        vae = Vae(size, codes)
+        with torch.no_grad():
+            vae.scores.zero_()  # all outcomes
+        vae.out = nn.Sequential(nn.Linear(4, 4096), nn.Tanh(), nn.Linear(4096, 2))  # type: ignore[assignment]
+        for chunk in (16, None):
+            elbo = SparseEnumELBO("packed", chunk_rows=chunk, max_plate_nesting=1, check=False)
+            for _ in range(2):
+                vae.zero_grad(set_to_none=False)
+                with peak_memory() as memory:
+                    elbo.loss_and_grads(vae.model, vae.guide, vae.images)
+            peaks[size, codes, chunk] = memory.peak
+    small = peaks[16, 8, 16]
+    assert peaks[32, 8, 16] - small < 400 * 16 * 8 and peaks[16, 32, 16] - small < 400 * 16 * 24  # bytes for each row
+    assert peaks[16, 32, None] > 10 * peaks[16, 32, 16]
+
+
+# Beside other sites.
+
+
+def test_beside_a_drawn_site() -> None:
+    """A mean over draws of the neighbour is the gradient by enumeration of both."""
+    vae = Vae()
+
+    def model(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            y = pyro.sample("y", dist.Bernoulli(0.4))
+            vae.observe(images, z, y)
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            z = pyro.sample("z", sdist.SparseCategorical(vae.scores))
+            pyro.sample("y", dist.Bernoulli(logits=vae.style + z / 3))
+
+    dense = TraceEnum_ELBO(max_plate_nesting=1)
+    expected = result(dense, vae, model, config_enumerate(guide), vae.images)
+    exact = EstimatorELBO({"z": Exact("packed"), "y": RaoBlackwell(2)}, max_plate_nesting=1)
+    for a, b in zip(result(exact, vae, model, guide, vae.images), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    drawn = EstimatorELBO({"z": Exact("packed"), "y": LeaveOneOut(4)}, max_plate_nesting=1)
+    padded = EstimatorELBO({"z": Exact(), "y": LeaveOneOut(4)}, max_plate_nesting=1)
+    got = [result(elbo, vae, model, guide, vae.images) for elbo in (drawn, padded)]
+    for a, b in zip(*got, strict=True):  # the same draws
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_site_in_a_deeper_plate_keeps_its_slots() -> None:
+    vae = Vae()
+    scores = vae.scores
+
+    def model(images: Tensor) -> None:
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(images), dim=-2):
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            with pyro.plate("parts", 2, dim=-1):
+                y = pyro.sample("y", dist.Categorical(logits=torch.zeros(K)))
+                pyro.sample("x", dist.Normal((z + 0.3 * y).sin(), 0.5), obs=images)
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images), dim=-2):
+            z = pyro.sample("z", sdist.SparseCategorical(scores[:, None]))
+            with pyro.plate("parts", 2, dim=-1):
+                rows = vae.embed.weight.T[:2].reshape(2, K) + z[..., None] / 5
+                pyro.sample("y", sdist.SparseCategorical(rows))
+
+    expected = result(TraceEnum_ELBO(max_plate_nesting=2), vae, model, config_enumerate(guide), vae.images)
+    for elbo in (SparseEnumELBO("packed", max_plate_nesting=2), EstimatorELBO(Exact("packed"), max_plate_nesting=2)):
+        for a, b in zip(result(elbo, vae, model, guide, vae.images), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# A family whose outcomes nobody lists.
+
+
+class SomeBits(SparseDistribution):
+    """Vectors of 40 bits, of which a few have probability: the vertices are given, the scores say how much."""
+
+    has_enumerate_support = False
+    arg_constraints: dict[str, Any] = {}
+    support = dist.constraints.independent(dist.constraints.boolean, 1)
+
+    def __init__(self, vertices: Tensor, probs: Tensor) -> None:
+        self.vertices, self.probs = vertices, probs  # (V, *batch, 40) and (V, *batch)
+        super().__init__(probs.shape[1:], vertices.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        shape = Size(batch_shape)
+        front = (1,) * (len(shape) - len(self.batch_shape))
+        vertices = self.vertices.reshape(len(self.vertices), *front, *self.batch_shape, 40)
+        probs = self.probs.reshape(len(self.probs), *front, *self.batch_shape)
+        return SomeBits(vertices.expand(len(vertices), *shape, 40), probs.expand(len(probs), *shape))
+
+    @property
+    def support_size(self) -> Tensor:
+        return (self.probs > 0).sum(0)
+
+    def support_values(self, union_dims: Sequence[int] = ()) -> Tensor:
+        if union_dims:  # a list for all: every vertex of every element
+            assert len(union_dims) == len(self.batch_shape)
+            return self.vertices.flatten(0, -2).unique(dim=0).reshape(-1, *(1,) * len(self.batch_shape), 40)
+        order = (self.probs > 0).sort(dim=0, descending=True, stable=True).indices[: int(self.support_size.max())]
+        return self.vertices.gather(0, order[..., None].expand(*order.shape, 40))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        same = (
+            value.unsqueeze(0)
+            == self.vertices.reshape(len(self.vertices), *self.batch_shape, 40)[
+                (slice(None), *[None] * (value.dim() - self.vertices.dim() + 1))
+            ]
+        ).all(-1)
+        probs = self.probs.reshape(len(self.probs), *(1,) * (value.dim() - self.vertices.dim() + 1), *self.batch_shape)
+        total = torch.where(same, probs, 0.0).sum(0)
+        return torch.where(total > 0, torch.where(total > 0, total, 1.0).log(), -math.inf)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        assert not sample_shape
+        index = dist.Categorical(probs=self.probs.detach().movedim(0, -1)).sample()
+        return self.vertices.gather(0, index[None, ..., None].expand(1, *self.batch_shape, 40))[0]
+
+
+@pytest.mark.parametrize("how", ["padded", "union", "packed", "chunks", "auto", "exact", "exact packed"])
+def test_a_family_over_2_to_the_40_vectors(how: str) -> None:
+    vertices = (table("vertices", 3, B, 40) > 0).double()
+    scores = nn.Parameter(2 * table("bits", B, 3))
+    weights = table("weights", 40)
+    images = table("data", B)
+
+    def model(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            bits = pyro.sample("bits", dist.Bernoulli(0.3).expand([40]).to_event(1))
+            pyro.sample("x", dist.Normal(bits @ weights, 1.0), obs=images)
+
+    def guide(images: Tensor) -> None:
+        pyro.param("scores", scores)
+        with pyro.plate("data", B):
+            pyro.sample("bits", SomeBits(vertices, sdist.SparseCategorical(scores).probs.movedim(-1, 0)))
+
+    q = sdist.SparseCategorical(scores).probs
+    log_p = torch.where(vertices > 0, math.log(0.3), math.log(0.7)).sum(-1)
+    log_x = dist.Normal(vertices @ weights, 1.0).log_prob(images)
+    safe = torch.where(q > 0, q, 1.0)
+    elbo = (q * ((log_p + log_x).T - safe.log())).sum()
+    expected = -torch.autograd.grad(elbo, scores)[0]
+    options: Any = {"max_plate_nesting": 1}
+    tested: ELBO
+    if how.startswith("exact"):
+        tested = EstimatorELBO(Exact(how.partition(" ")[2] or "padded"), **options)
+    else:
+        chunk = {"chunk_rows": 2} if how == "chunks" else {}
+        tested = SparseEnumELBO("packed" if chunk else how, **chunk, **options)
+    for _ in range(3):
+        scores.grad = None
+        loss = tested.loss_and_grads(model, guide, images)
+        torch.testing.assert_close(loss, -elbo.item(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(scores.grad, expected, rtol=1e-10, atol=1e-10)
+    stats = getattr(tested, "last_stats", None)
+    assert stats is None or stats.dense_rows is None
+
+
+def test_support_rows() -> None:
+    d = sdist.SparseOneHotCategorical(Vae().scores.detach()[:, None].expand(B, 2, K))
+    (first, second), values, log_probs = d.support_rows()
+    assert len(values) == int(d.support_size.sum()) and values.shape[1:] == (K,)
+    for i, j, value, log_prob in zip(first, second, values, log_probs, strict=True):
+        assert torch.equal(log_prob, d.log_prob(value)[i, j]) and log_prob > -math.inf
+    masked = d.mask(False)
+    assert all(torch.equal(a, b) for a, b in zip(masked.support_rows()[1:], (values, log_probs), strict=True))
+
+
+# What is refused.
+
+
+def test_rows_that_see_each_other() -> None:
+    vae = Vae(size=7)
+    normalised = nn.BatchNorm1d(2)
+
+    def model(images: Tensor) -> None:
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(images)):
+            style = pyro.sample("style", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            h = torch.cat([vae.embed(z), style[..., None]], -1)
+            pyro.sample("x", dist.Normal(normalised(vae.out(h)), 0.5).to_event(1), obs=images)
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            pyro.sample("style", dist.Normal(vae.style, 0.3))
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    with pytest.raises(ValueError, match=r"plate 'data': .*rows do not see each other.*at \['x'\].*gather="):
+        SparseEnumELBO("packed").loss_and_grads(model, guide, vae.images)
+    with pytest.raises(ValueError, match=r"plate 'data': .*rows do not see each other"):
+        EstimatorELBO({"z": Exact("packed")}).loss_and_grads(model, guide, vae.images)
+    SparseEnumELBO("packed", check=False).loss_and_grads(model, guide, vae.images)
+
+
+def test_a_table_as_long_as_the_batch_is_no_row_of_it() -> None:
+    vae = Vae(size=K, codes=K)  # B equals K
+
+    def model(images: Tensor, table: Tensor) -> None:
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(images)):
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            pyro.sample("x", dist.Normal(table[z], 0.5).to_event(1), obs=images)
+
+    def guide(images: Tensor, table: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    def gather(index: Tensor, images: Tensor, table: Tensor) -> Any:
+        return (images[index], table), {}
+
+    arguments = vae.images, table("outcomes", K, 2)
+    with pytest.raises(ValueError, match=r"other log-probabilities at \['x'\] on packed rows.*gather="):
+        SparseEnumELBO("packed", max_plate_nesting=1).loss_and_grads(model, guide, *arguments)
+    elbo = SparseEnumELBO("packed", gather=gather, max_plate_nesting=1)
+    assert_dense(vae, elbo, *arguments, model=model, guide=guide)
+    assert_dense(vae, SparseEnumELBO("auto", max_plate_nesting=1), *arguments, model=model, guide=guide)
+
+
+def test_data_that_are_captured() -> None:
+    vae = Vae()
+
+    def model() -> None:
+        pyro.module("vae", vae)
+        with pyro.plate("data", B):
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            vae.observe(vae.images, z, torch.zeros(()))
+
+    def guide() -> None:
+        with pyro.plate("data", B):
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    with pytest.raises(ValueError, match=r"plate 'data': .*runs on packed rows, got one that raises.*as arguments"):
+        SparseEnumELBO("packed", max_plate_nesting=1).loss_and_grads(model, guide)
+    assert_dense(vae, SparseEnumELBO("auto", max_plate_nesting=1), model=model, guide=guide)
+
+
+def test_an_error_of_the_users_own_is_raised_as_it_is() -> None:
+    vae = Vae()
+
+    def model(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            raise KeyError("num_layers")
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            pyro.sample("z", sdist.SparseCategorical(vae.scores))
+
+    for elbo in (SparseEnumELBO("packed"), EstimatorELBO({"z": Exact("packed")})):
+        with pytest.raises(KeyError, match="num_layers"):
+            elbo.loss_and_grads(model, guide, vae.images)
+
+
+def chain(in_plate: bool) -> Program:
+    def model() -> None:
+        with pyro.plate("data", B if in_plate else 1):
+            for i in pyro.markov(range(2)):
+                pyro.sample(f"z{i}", dist.Categorical(logits=torch.zeros(K)))
+
+    def guide() -> None:
+        with pyro.plate("data", B if in_plate else 1):
+            for i in pyro.markov(range(2)):
+                pyro.sample(f"z{i}", sdist.SparseCategorical(pyro.param("s", table("s", K))))
+
+    return model, guide
+
+
+def outside() -> Program:
+    def model() -> None:
+        pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+
+    def guide() -> None:
+        pyro.sample("z", sdist.SparseCategorical(pyro.param("s", table("s", K))))
+
+    return model, guide
+
+
+def constant_size() -> Program:
+    def model() -> None:
+        with pyro.plate("data", 9, subsample_size=B):
+            pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+
+    def guide() -> None:
+        with pyro.plate("data", 9, subsample_size=B):
+            pyro.sample("z", sdist.SparseCategorical(pyro.param("s", table("s", K))))
+
+    return model, guide
+
+
+def deeper() -> Program:
+    def model() -> None:
+        with pyro.plate("data", B), pyro.plate("parts", 2):
+            pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+
+    def guide() -> None:
+        with pyro.plate("data", B), pyro.plate("parts", 2):
+            pyro.sample("z", sdist.SparseCategorical(pyro.param("s", table("s", K))))
+
+    return model, guide
+
+
+def other_plate() -> Program:
+    model, _ = outside()
+
+    def in_another() -> None:
+        with pyro.plate("images", B):
+            model()
+
+    def guide() -> None:
+        with pyro.plate("data", B):
+            pyro.sample("z", sdist.SparseCategorical(pyro.param("s", table("s", K))))
+
+    return in_another, guide
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (chain(True), r"site 'z0'.*pyro\.markov"),
+        (outside(), r"site 'z', mode 'packed': expected a site in a plate"),
+        (constant_size(), r"plate 'data': .*subsample_size=5.*Use subsample_size=len\(x\)"),
+        (deeper(), r"site 'z'.*in one plate alone, got this in \['data', 'parts'\]"),
+        (other_plate(), r"site 'z': expected it in plate 'data' in the model, as in the guide, got \['images'\]"),
+    ],
+    ids=["markov", "no plate", "constant size", "two plates", "another plate"],
+)
+def test_programs_without_rows(program: Program, message: str) -> None:
+    for elbo in (SparseEnumELBO("packed"), EstimatorELBO(Exact("packed"))):
+        pyro.clear_param_store()
+        with pytest.raises(ValueError, match=message):
+            elbo.loss_and_grads(*program)
+        assert all(p.grad is None for p in pyro.get_param_store()._params.values())
+
+
+@pytest.mark.parametrize("make", [SparseEnumELBO, Exact])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mode": "rows"}, ValueError, "expected mode in"),
+        ({"mode": "packed", "chunk_rows": 0}, ValueError, "expected chunk_rows of at least 1, got 0"),
+        ({"mode": "packed", "chunk_rows": 2.5}, ValueError, "expected chunk_rows of at least 1, got 2.5"),
+        ({"mode": "padded", "chunk_rows": 2}, ValueError, "expected chunk_rows with mode='packed'"),
+        ({"mode": "union", "gather": print}, ValueError, "expected gather with mode='packed' or 'auto'"),
+        ({"mode": "packed", "gather": 3}, TypeError, "gather: expected a function"),
+        ({"max_support": 0}, ValueError, "expected max_support >= 1"),
+    ],
+)
+def test_bad_options(make: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"{make.__name__}.*{message}"):
+        make(**options)
+
+
+def test_packed_sites_share_their_options_and_have_no_closed_forms() -> None:
+    vae = Vae()
+    guide = vae.guide
+    with pytest.raises(ValueError, match=r"site 'style': expected no closed-form KL divergence beside packed rows"):
+        EstimatorELBO({"z": Exact("packed")}, analytic_kl=True).loss_and_grads(vae.model, guide, vae.images)
+    with pytest.raises(ValueError, match=r"site 'z': expected supports of at most max_support=2"):
+        EstimatorELBO({"z": Exact("packed", max_support=2)}).loss_and_grads(vae.model, guide, vae.images)
