@@ -202,7 +202,7 @@ def test_wrapped(route: str) -> None:
 def test_subsampled(route: str) -> None:
     """A subsample is drawn once for each step: many steps with few copies."""
     elbo, rows = ROUTES[route][0](), []
-    for _ in range(1000):
+    for _ in range(400):
         rows.append(estimates(elbo, subsampled("dirichlet", 100)).reshape(-1, 6).mean(0))
     errors = torch.stack(rows) - gradient("dirichlet", DATA)
     assert standard_errors(errors).max() < 4

@@ -45,18 +45,19 @@ def with_exact(case: Case, mode: str) -> Callable[..., ELBO]:
 
 @pytest.mark.parametrize(
     ("how", "case"),
-    [  # each program in one way in the fast suite, in the others in the slow one
+    [  # each program on all rows at once, and in one of the other ways; a tenth of them in the fast suite
         pytest.param(how, case, id=f"{how}-{case.name}", marks=[] if i % 20 == j else pytest.mark.slow)
         for i, case in enumerate(packed_grid(200))
         for j, how in enumerate(["rows", "rows of 1", "rows of 7", "estimator"])
+        if j in (0, 1 + i % 3)
     ],
 )
 def test_equals_dense_enumeration(how: str, case: Case) -> None:
     if how != "estimator":
         check_elbo(ours(how, case), cases=[case])
-    elif "monte_carlo" not in case.name:
+    elif "monte_carlo" not in case.name and "guessed" not in case.name:
         check_elbo(with_exact(case, "packed"), cases=[case])
-    else:  # a draw's score function has another cost there than under TraceEnum_ELBO
+    else:  # under TraceEnum_ELBO a draw's score function has another cost, and guesses take random numbers
         with clean_room():
             expected = evaluate(with_exact(case, "padded"), case, case.guide)
         with clean_room():

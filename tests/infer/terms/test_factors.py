@@ -95,7 +95,7 @@ def test_without_any_draw_it_is_a_derivative(elbo: ELBO) -> None:
 
 @pytest.mark.slow
 def test_a_draw_by_hand_keeps_its_score() -> None:
-    """In closed form. 2500 gradients of each ELBO, three entries, z = 4.5: one seed in 25000 fails."""
+    """In closed form. 800 gradients of each ELBO, three entries, z = 4.5: one seed in 25000 fails."""
     start, x, w = torch.tensor([0.0, 1.0, 0.5]), torch.tensor(1.0), torch.tensor([-1.0, 0.0, 2.0])
 
     def by_hand() -> None:
@@ -113,7 +113,7 @@ def test_a_draw_by_hand_keeps_its_score() -> None:
     for elbo in (EnumeratedELBO(max_plate_nesting=0), ScoreFunctionELBO(2)):
         pyro.clear_param_store()
         rows = []
-        for _ in range(2500):
+        for _ in range(800):
             elbo.loss_and_grads(target, by_hand)
             parameter = pyro.get_param_store()._params["s"]
             rows.append(parameter.grad.clone())
