@@ -21,9 +21,8 @@ class Exact(Estimator):
     has a sparse support, one per outcome with positive probability. **Needs from the guide:** a finite support.
 
     Args:
-        mode: how a sparse support is laid out for the model: ``"padded"``, ``"union"``, ``"packed"`` or ``"auto"``,
-            as :class:`~pyro_sparse.infer.SparseEnumELBO` describes them. Packed sites share one plate, and their
-            options.
+        mode: how a sparse support is laid out for the model: ``"padded"``, ``"union"`` or ``"packed"``, as
+            :class:`~pyro_sparse.infer.SparseEnumELBO` describes them. Packed sites share one plate, and their options.
         max_support: refuse a batch in which one example's support is larger.
         chunk_rows: in mode ``"packed"``: on how many rows the model runs at a time.
         gather: in mode ``"packed"``: places arguments; see :class:`~pyro_sparse.infer.SparseEnumELBO`.
@@ -46,6 +45,10 @@ class Exact(Estimator):
         check: bool = True,
     ) -> None:
         super().__init__()
+        if mode == "auto":
+            raise ValueError(
+                f"Exact: expected mode in {MODES[:3]}, got 'auto'. Take one of them; SparseEnumELBO counts and chooses."
+            )
         check_expansion("Exact", mode, max_support, chunk_rows, gather)
         self.mode = mode
         self.max_support = max_support

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -20,6 +18,7 @@ from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import VIMCO, Estimator, Exact
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
+from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
@@ -32,14 +31,14 @@ from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.bound import importance_bound
 from pyro_sparse.infer.terms.masked import MaskedRows
 from pyro_sparse.infer.terms.reading import Reader
-from pyro_sparse.infer.terms.scores import Run, ScoreSite
+from pyro_sparse.infer.terms.scores import Run
+from pyro_sparse.infer.terms.surrogate import Surrogates, Update
 
 COSTS = ("plates", "graph")
 TWICE = (
     "EstimatorELBO: expected one derivative, got a derivative of it. Where an estimator draws, its loss stands for the "
     "first alone. Use Exact at every site, or SparseEnumELBO."
 )
-Update = Callable[[], None]
 
 
 class EstimatorELBO(ELBO, nn.Module):
@@ -124,11 +123,20 @@ class EstimatorELBO(ELBO, nn.Module):
         self._rows_compared: set[str] = set()  # plates whose packed rows were the same as in an ordinary run
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._rows = MaskedRows()
+        self._record: StepRecord | None = None
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
             raise ValueError("EstimatorELBO: expected no analytic_kl with VIMCO, got it. Its weights need log-probs.")
         self._set_particles(self.assignment.entries)
+
+    @property
+    def last_stats(self) -> SupportStats | None:
+        """
+        Supports of the sparse sites with ``Exact``, and model rows, of the last step, as
+        :attr:`SparseEnumELBO.last_stats`; None before the first. Reading it synchronises with the device.
+        """
+        return None if self._record is None else self._record.summary()
 
     @property
     def _vimco(self) -> VIMCO | None:
@@ -218,6 +226,7 @@ class EstimatorELBO(ELBO, nn.Module):
         refuse_guide_messenger("EstimatorELBO", guide)
         if not self._ready:
             self._prepare(model, guide, args, kwargs)
+        self._record = StepRecord()
         particles = 1 if self.vectorize_particles else self.num_particles
         if self._joint:
             runs: list[Run] = []
@@ -296,6 +305,8 @@ class EstimatorELBO(ELBO, nn.Module):
             traces, kls = self._run_once_or_again(program, reader, kind, subsamples, wrap)
             result = reader.read(traces, kls)
             self.assignment.serve()
+            if kind == "draw" and self._record is not None:
+                self._record.add(traces.expansion.sites, traces.model, traces.guide, traces.ran_on)
             return result
 
         if not self._sequential:
@@ -349,76 +360,9 @@ class EstimatorELBO(ELBO, nn.Module):
                     reruns[kind] = list(self._particle(model, guide, args, kwargs, kind, group[0].traces.subsamples))
             return reruns[kind]
 
-        for run in group:
-            run.check_derivatives()
-        weighted = any(run.scores or run.log_weight is not None for run in group)
-        if weighted and all(run.exact for run in group):
-            totals = [-run.attached_elbo() for run in group]
-            return sum(totals[1:], totals[0]) / self.num_particles, []
-        totals, updates = [], []
-        for run in group:
-            parts, losses = run.costs.paths(), []
-            for score in run.scores:
-                term, loss, update = self._score_term(score, run, group, rerun)
-                parts.append(term)
-                if isinstance(loss, Tensor):
-                    losses.append(loss)
-                updates.append(update)
-            surrogate = sum(parts[1:], parts[0]) if parts else torch.zeros(())
-            if run.log_weight is not None:
-                surrogate = run.weighted(surrogate + run.elbo() * run.log_weight)
-            totals.append(sum(losses, -surrogate))
-        total = sum(totals[1:], totals[0])
-        return total if self.num_particles == 1 else total / self.num_particles, updates
-
-    def _score_term(
-        self, score: ScoreSite, run: Run, group: list[Run], rerun: Callable[[str], list[Run]]
-    ) -> tuple[Tensor, Any, Update]:
-        """One site's share of the surrogate, its estimator's own loss, and the update of its running means."""
-        name, log_prob = score.site.name, score.site.log_prob
-        estimator = self.assignment.of(name, score.frames)
-        if estimator.num_particles not in (1, self.num_particles):
-            raise ValueError(
-                f"EstimatorELBO, site '{name}': expected {type(estimator).__name__}({estimator.num_particles}) "
-                f"only at sites that the first run reaches, got another, and {self.num_particles} particle(s). Give it "
-                "to the ELBO: EstimatorELBO({'*': ...})."
-            )
-        cost = score.cost(run)
-        weight = run.costs.weight(score.dims - {score.own_dim})
-        if weight is not None:  # what an ancestor rules out has any log-probability
-            log_prob = torch.where(weight > 0, log_prob, 0.0)
-        if self._joint and estimator.num_particles > 1:
-            if len(group) != self.num_particles:
-                raise ValueError(
-                    f"EstimatorELBO, site '{name}': expected {type(estimator).__name__}(vectorized=False) without "
-                    "sequential enumeration at another site, got both. Draw that site, or use a baseline here."
-                )
-            # The other particles' costs at this site; they may have taken another branch.
-            cost = torch.stack(torch.broadcast_tensors(*(score.cost(other) for other in group)))
-            own = torch.tensor([other is run for other in group], device=cost.device)
-            log_prob = torch.where(own.reshape(own.shape + (1,) * (cost.dim() - 1)), log_prob, 0.0)
-        cost, log_prob = torch.broadcast_tensors(cost, log_prob)
-        if estimator.num_particles > 1 and not self._joint:
-            weight = None if weight is None else weight.expand_as(cost).movedim(self._particle_dim, 0)
-            cost, log_prob = cost.movedim(self._particle_dim, 0), log_prob.movedim(self._particle_dim, 0)
-        site = replace(score.site, log_prob=log_prob)
-        value, loss = estimator(
-            cost,
-            replace(
-                site,
-                rerun=lambda kind: score.average_cost(rerun(kind)),
-                attached_cost=lambda: score.attached_cost(run),
-            ),
-        )
-        if log_prob.requires_grad and not value.requires_grad:
-            raise ValueError(
-                f"EstimatorELBO, site '{site.name}': expected {type(estimator).__name__} to return a surrogate "
-                "attached to log_prob, got a detached tensor. Multiply the (detached) coefficients by site.log_prob."
-            )
-        value = value if weight is None else weight * value
-        term = value.sum()
-        seen = cost if site.mask is None else torch.where(site.mask, cost, math.nan)  # nothing to learn elsewhere
-        return term if score.scale == 1.0 else term * score.scale, loss, lambda: estimator.update(seen, site)
+        particle_dim = self._particle_dim if self._in_a_plate else 0
+        surrogates = Surrogates(self.assignment.of, self.num_particles, self._joint, particle_dim)
+        return surrogates.of_group(group, rerun)
 
 
 def _packs(estimators: Mapping[str, Estimator | None]) -> bool:

@@ -480,6 +480,54 @@ def test_a_site_in_a_deeper_plate_keeps_its_slots() -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+# Which mode "auto" takes.
+
+
+def two_codes(joint: bool) -> Program:
+    """Two codes of 40 per image, with supports of one and of twenty outcomes; seen together, or each for itself."""
+    probs = torch.zeros(2, 8, 40)
+    probs[:, 1:, 7], probs[:, 0, :20] = 1.0, 0.05
+    images, net = table("images", 8, 2), nn.Linear(80, 2)
+    zero = torch.zeros(40)
+
+    def model(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            a, b = (torch.eye(40)[pyro.sample(name, dist.Categorical(logits=zero))] for name in "ab")
+            if joint:
+                h = torch.cat(torch.broadcast_tensors(a, b), -1)
+                pyro.sample("x", dist.Normal(net(h), 1.0).to_event(1), obs=images)
+            else:
+                pyro.sample("x", dist.Normal(a @ net.weight[0, :40], 1.0), obs=images[..., 0])
+                pyro.sample("y", dist.Normal(b @ net.weight[1, :40], 1.0), obs=images[..., 1])
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            for i, name in enumerate("ab"):
+                pyro.sample(name, sdist.SparseCategorical(probs=probs[i]))
+
+    return partial(model, images), partial(guide, images)
+
+
+@pytest.mark.parametrize(("joint", "rows"), [(True, 400 + 7), (False, 20 * 8)])
+def test_auto_packs_what_is_seen_together_only(joint: bool, rows: int) -> None:
+    """Apart, each sum is taken by itself, on 20 slots of 8 images; the product would have 407 rows."""
+    model, guide = two_codes(joint)
+    images = table("images", 8, 2)
+    elbo = SparseEnumELBO("auto", max_plate_nesting=1)
+    losses = [elbo.loss(lambda x: model.func(x), lambda x: guide.func(x), images) for _ in range(3)]  # type: ignore[attr-defined]
+    assert max(losses) - min(losses) < 1e-10
+    assert elbo.last_stats is not None and elbo.last_stats.model_rows == rows
+
+
+def test_statistics_of_an_estimator() -> None:
+    vae = Vae()
+    sparse, elbo = SparseEnumELBO("packed"), EstimatorELBO({"z": Exact("packed")})
+    assert elbo.last_stats is None
+    for each in (sparse, elbo):
+        each.loss(vae.model, vae.guide, vae.images)
+    assert elbo.last_stats == sparse.last_stats
+
+
 # A family whose outcomes nobody lists.
 
 

@@ -51,7 +51,7 @@ class StepRecord:
         listed = {name: site.num_outcomes for name, site in sites.items() if site.num_outcomes is not None}
         rows, dense_rows = 0, 0
         for name, site in model_trace.nodes.items():
-            if site["type"] != "sample":
+            if site["type"] != "sample" or "log_prob" not in site:
                 continue
             sizes = {-1 - i: size for i, size in enumerate(reversed(site["log_prob"].shape))}
             rows = max(rows, prod(sizes.values()))
