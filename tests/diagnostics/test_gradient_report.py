@@ -117,6 +117,14 @@ def test_bias_test_keeps_its_level_and_finds_what_it_says_is_detectable() -> Non
     assert found[1.0] > 160
 
 
+def test_an_outcome_that_only_the_first_half_saw_is_no_bias() -> None:
+    """One in a hundred is 100, the others are 0: the second half, without any, would be precise, and off by 1."""
+    draws = torch.zeros(20, 1)
+    draws[3] = 100.0
+    bias = bias_of(draws, torch.ones(1))
+    assert abs(bias.estimate) == 1.0 and bias.error > 5 and not bias.shows
+
+
 def test_bias_test_counts_the_noise_of_the_reference() -> None:
     shows = 0
     for _ in range(200):

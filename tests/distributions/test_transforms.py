@@ -83,6 +83,15 @@ each_in_time = pytest.mark.parametrize(
 )
 
 
+def skip_if_stock_looks(name: str) -> None:
+    """Of the slabs that torch makes under vmap."""
+    if "Kumaraswamy" in name:
+        try:
+            vmap(lambda a: dist.Kumaraswamy(a, a).log_prob(torch.tensor(0.5)))(torch.ones(2))
+        except RuntimeError:
+            pytest.skip("this torch's own Kumaraswamy, as that of 2.7, branches on its parameters")
+
+
 def facts(name: str) -> dict[str, Callable[..., Tensor]]:
     """What a family offers, as functions of its parameters; log_prob at draws that stay where they are."""
     build, parameters = FAMILIES[name]
@@ -166,6 +175,7 @@ REFUSED = {("ZeroOneInflated, Kumaraswamy", "divergence")}
 @each_in_time
 def test_vmap(name: str) -> None:
     """Over parameters, with validation: as one call for each."""
+    skip_if_stock_looks(name)
     parameters = FAMILIES[name][1]
     examples = [parameters, [p.flip(0) for p in parameters]]
     stacked = [torch.stack(both) for both in zip(*examples, strict=True)]
@@ -179,6 +189,7 @@ def test_vmap(name: str) -> None:
 @each_in_time
 def test_gradients_by_torch_func(name: str) -> None:
     """One for each example, and those of autograd."""
+    skip_if_stock_looks(name)
     parameters = FAMILIES[name][1]
     which, found = tuple(range(len(parameters))), facts(name)
     for key in {"log_prob", "entropy", "divergence"} & set(found):
@@ -222,6 +233,7 @@ IN_PLACE = ("Rectified", "SpikeAndSlab of probs", "ZeroOneInflated")
 @slow_but_right
 @each_family
 def test_draws_under_vmap(name: str) -> None:
+    skip_if_stock_looks(name)
     build, parameters = FAMILIES[name]
     if name not in IN_PLACE:
         stacked = [torch.stack([p] * 40) for p in parameters]

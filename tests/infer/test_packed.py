@@ -45,8 +45,8 @@ def with_exact(case: Case, mode: str) -> Callable[..., ELBO]:
 
 @pytest.mark.parametrize(
     ("how", "case"),
-    [  # each program on all rows at once, and in one of the other ways; a tenth of them in the fast suite
-        pytest.param(how, case, id=f"{how}-{case.name}", marks=[] if i % 20 == j else pytest.mark.slow)
+    [  # each program on all rows at once, and in one of the other ways; some in the fast suite
+        pytest.param(how, case, id=f"{how}-{case.name}", marks=[] if i % 20 == 3 * j else pytest.mark.slow)
         for i, case in enumerate(packed_grid(200))
         for j, how in enumerate(["rows", "rows of 1", "rows of 7", "estimator"])
         if j in (0, 1 + i % 3)
@@ -70,7 +70,7 @@ CASE = packed_grid(20)[3]
 
 def test_a_row_that_is_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_last(self: Rows, size: int | None) -> Any:
-        return (self.part(start, start + 1) for start in range(self.count - 1))
+        yield self.part(0, self.count - 1)
 
     monkeypatch.setattr(Rows, "parts", without_last)
     with pytest.raises(AssertionError, match="1 of 1 cases differ"):
@@ -180,9 +180,8 @@ def test_smaller_dtypes_are_the_padded_ones(dtype: torch.dtype) -> None:
     images = vae.images.to(dtype)
     padded = result(SparseEnumELBO(max_plate_nesting=1), vae, vae.model, vae.guide, images)
     packed = result(SparseEnumELBO("packed", max_plate_nesting=1), vae, vae.model, vae.guide, images)
-    tolerance = 10 * torch.finfo(dtype).eps
-    for a, b in zip(packed, padded, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for a, b in zip(packed, padded, strict=True):  # sums in another order
+        torch.testing.assert_close(a, b, rtol=0, atol=10 * torch.finfo(dtype).eps * b.abs().max().item())
 
 
 def test_a_gradient_by_autograd_and_a_second_one() -> None:

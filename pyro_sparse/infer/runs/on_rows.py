@@ -16,7 +16,6 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pyro_sparse.infer.expansion.masked_rows import mask_of
 from pyro_sparse.infer.expansion.rows import Rows, joined, place
@@ -224,6 +223,8 @@ def _of_rows(node: Any, rows: Rows) -> Tensor:
 
 def _made_again(run: Callable[[], list[Tensor]]) -> list[Tensor]:
     """Keeps no graph: the backward pass runs it again, on the same random numbers, if it takes any."""
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop  # an older one changes warnings' filters
+
     taken: list[list[Tensor]] = []
     begun = False
 

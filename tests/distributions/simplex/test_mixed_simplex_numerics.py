@@ -170,6 +170,17 @@ def test_float32_where_terms_cancel() -> None:
         torch.testing.assert_close(fact(*pair(torch.float32)).double(), fact(*pair(DOUBLE)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_certain_face_in_float32() -> None:
+    """Scores of 400 beside concentrations of seven orders: what is multiplied underflows, and is divided by."""
+    scores = torch.tensor([400.0, -400.0, 400.0, -400.0, 400.0, 400.0])
+    concentration = torch.logspace(-3, 4, 6)
+    for signs in (scores, scores.abs()):
+        small = MixedDirichlet(signs.float(), concentration.float())
+        large = MixedDirichlet(signs, concentration.float().double())
+        torch.testing.assert_close(small.entropy().double(), large.entropy(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(small.mean.double(), large.mean, rtol=1e-5, atol=1e-12)
+
+
 def test_draws_stay_on_their_face() -> None:
     for dtype in (torch.float32, DOUBLE):
         d = FaceDirichlet(torch.full((4,), 1e-3, dtype=dtype), torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=dtype))

@@ -148,6 +148,9 @@ def test_wrappers(name: str) -> None:
     close(kl_divergence(p.to_event(1), q.to_event(1)), kl.sum(-1), 1e-15)
     close(kl_divergence(p.to_event(2), q.to_event(2)), kl.sum(), 1e-15)
     close(kl_divergence(p.mask(mask), q.mask(mask)), kept, 1e-15)
+    other = torch.tensor([[True, True], [False, True], [False, True]])
+    both = torch.tensor([[True, False], [False, False], [False, True]])  # neither of the two is masked
+    close(kl_divergence(p.mask(mask), q.mask(other)), torch.where(both, kl, 0.0), 1e-15)
     close(kl_divergence(p.mask(True), q.mask(True)), kl, 1e-15)
     close(kl_divergence(p.mask(False), q.mask(False)), 0 * kl, 1e-15)
     close(kl_divergence(p.mask(mask).to_event(1), q.mask(mask).to_event(1)), kept.sum(-1), 1e-15)

@@ -392,3 +392,12 @@ def test_draws_are_finite(name: str, dtype: torch.dtype, pathwise: bool) -> None
     total = total if pathwise else total + parts.score_function.sum()
     for gradient in torch.autograd.grad(total, parameters, allow_unused=True):
         assert gradient is None or gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.5, 2.0, 5.0, 10.0, 30.0, 100.0])
+def test_float32_variance_of_a_wide_normal(scale: float) -> None:
+    """The closed form would cancel."""
+    loc = scale * torch.tensor([-3.0, -1.0, -0.2, 0.0, 0.5, 1.0, 1.7, 4.0])
+    wide = RectifiedNormal(loc, torch.tensor(scale)).variance
+    narrow = RectifiedNormal(loc.float(), torch.tensor(scale).float()).variance
+    torch.testing.assert_close(narrow.double(), wide, rtol=5e-6, atol=0)
