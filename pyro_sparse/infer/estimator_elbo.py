@@ -23,6 +23,7 @@ from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
+from pyro_sparse.infer.runs.on_rows import Compared
 from pyro_sparse.infer.runs.ordinary import guess_nesting
 from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
@@ -120,7 +121,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
         self._ready = False
-        self._rows_compared: set[str] = set()  # plates whose packed rows were the same as in an ordinary run
+        self._rows_compared = Compared()
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._rows = MaskedRows()
         self._record: StepRecord | None = None

@@ -15,8 +15,10 @@ from typing import Any
 import pyro
 from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal, _get_common_scale
 from pyro.infer.util import Dice
-from pyro.poutine.runtime import _ENUM_ALLOCATOR
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 
@@ -52,6 +54,15 @@ def dims_as_now() -> Callable[[], None]:
         vars(_ENUM_ALLOCATOR).update({k: copy.copy(v) for k, v in before.items()})
 
     return put_back
+
+
+def handlers_around() -> list[str]:
+    """
+    The effect handlers that are active now, but for those that only look, as SVI's own does. There is no public way to
+    ask for the stack.
+    """
+    looking = (TraceMessenger, BlockMessenger)
+    return [type(handler).__name__ for handler in _PYRO_STACK if not isinstance(handler, looking)]
 
 
 # The sum of TraceEnum_ELBO has no public form that takes traces; without it SparseEnumELBO would be a copy of it.

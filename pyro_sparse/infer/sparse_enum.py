@@ -33,7 +33,7 @@ from pyro_sparse.infer.pyro_internals import buffers_kept, dice_elbo, dice_expec
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.runs.enumerated import on_rows, on_slots
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
-from pyro_sparse.infer.runs.on_rows import OnRows
+from pyro_sparse.infer.runs.on_rows import Compared, OnRows
 from pyro_sparse.infer.runs.ordinary import guess_nesting
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.together import evaluated
@@ -75,10 +75,12 @@ class SparseEnumELBO(TraceEnum_ELBO):
             an ordinary run, before they are first chosen.
         max_support: refuse a batch in which one example's support is larger.
         chunk_rows: in mode ``"packed"``: the model runs on so many rows at a time, and again in the backward pass, so
-            that memory is that of one part. With 1 it may branch in Python on the value. ``retain_graph`` keeps none.
+            that memory is that of one part. With 1 it may branch in Python on the value. What the model reads, weights
+            and data, must stay as it is until then.
         gather: places arguments that the rule does not: ``gather(index, *args, **kwargs)`` gives ``(args, kwargs)``
             for the model, with a row for each of the examples ``index``, ``(N,)``.
-        check: whether packed rows are compared with an ordinary run, once, under Pyro's validation.
+        check: in mode ``"packed"``: whether rows are compared with ordinary runs under Pyro's validation, the first
+            time that arguments have these sizes and modules are in these modes.
         kwargs: every keyword of :class:`pyro.infer.ELBO`, except ``jit_options``: a traced program would freeze the
             support of its first batch.
 
@@ -119,7 +121,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._rows = MaskedRows()
         self._record: StepRecord | None = None
         self._ran_on: int | None = None  # how many packed rows
-        self._rows_compared: set[str] = set()  # plates whose rows were the same as in an ordinary run
+        self._rows_compared = Compared()
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
@@ -224,8 +226,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def _traces(
         self, guide_enum: SparseEnumMessenger, model_enum: SparseEnumMessenger, model: Any, guide: Any, alone: Alone
     ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
-        compared = self._rows_compared if self.check else None
-        on = OnRows("SparseEnumELBO", int(self.max_plate_nesting), self.chunk_rows, self.gather, compared)
+        nesting, compared = int(self.max_plate_nesting), self._rows_compared
+        on = OnRows("SparseEnumELBO", nesting, self.chunk_rows, self.gather, compared, self.check)
 
         def rows(guide_trace: poutine.Trace) -> Rows | None:
             if self.mode == "packed":

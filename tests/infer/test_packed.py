@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -817,3 +818,199 @@ def test_packed_sites_share_their_options_and_have_no_closed_forms() -> None:
         EstimatorELBO({"z": Exact("packed")}, analytic_kl=True).loss_and_grads(vae.model, guide, vae.images)
     with pytest.raises(ValueError, match=r"site 'z': expected supports of at most max_support=2"):
         EstimatorELBO({"z": Exact("packed", max_support=2)}).loss_and_grads(vae.model, guide, vae.images)
+
+
+# What changes from step to step, and from part to part.
+
+
+def scores_of(*sizes: int, codes: int = K) -> nn.Parameter:
+    """Of supports of these sizes."""
+    scores = torch.where(torch.arange(codes) < torch.tensor(sizes)[:, None], 0.0, -9.0)
+    return nn.Parameter(scores + 0.01 * table("jitter", len(sizes), codes))
+
+
+def simple(observe: Callable[..., None], scores: nn.Parameter, full: int | None = None) -> Program:
+    def model(x: Tensor, *rest: Any) -> None:
+        pyro.param("scores", scores)
+        with pyro.plate("data", full or len(x), subsample_size=len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(scores.shape[1])))
+            observe(x, z, *rest)
+
+    def guide(x: Tensor, *rest: Any) -> None:
+        with pyro.plate("data", full or len(x), subsample_size=len(x)):
+            pyro.sample("z", sdist.SparseCategorical(scores[: len(x)]))
+
+    return model, guide
+
+
+def same_as_dense(program: Program, elbo: ELBO, *args: Any) -> None:
+    model, guide = program
+    losses, gradients = [], []
+    for each, q in ((TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide)), (elbo, guide)):
+        for p in pyro.get_param_store()._params.values():
+            p.grad = None
+        losses.append(torch.tensor(each.loss_and_grads(model, q, *args)))
+        gradients.append(pyro.get_param_store()._params["scores"].grad.clone())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
+
+
+def normal(x: Tensor, loc: Tensor) -> None:
+    pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("mode", ["packed", "auto"])
+def test_supports_that_widen_do_not_hide_rows_that_see_each_other(mode: str) -> None:
+    """As many rows as images at the first step: compared all the same."""
+    sees_others = simple(lambda x, z: normal(x, z + x.mean()), scores_of(1, 1, 1, 1, 1))
+    elbo = SparseEnumELBO(mode, max_plate_nesting=1)
+    if mode == "packed":
+        with pytest.raises(ValueError, match="rows do not see each other"):
+            elbo.loss(*sees_others, table("x", 5))
+        return
+    for sizes in ((1, 1, 1, 1, 1), (1, 4, 1, 1, 2)):
+        pyro.clear_param_store()
+        same_as_dense(simple(lambda x, z: normal(x, z + x.mean()), scores_of(*sizes)), elbo, table("x", 5))
+
+
+@pytest.mark.parametrize("mode", ["packed", "auto"])
+def test_a_later_batch_as_long_as_a_table(mode: str) -> None:
+    program = simple(lambda x, z, locs: normal(x, locs[z]), scores_of(1, 4, 2, 3, 1))
+    elbo, locs = SparseEnumELBO(mode, max_plate_nesting=1), 3 * table("locs", K)
+    same_as_dense(program, elbo, table("x", 5), locs)
+    last = table("x", 5)[:K]  # B equals K
+    if mode == "packed":
+        with pytest.raises(ValueError, match="rows do not see each other"):
+            elbo.loss(*program, last, locs)
+    else:
+        same_as_dense(program, elbo, last, locs)
+
+
+def test_a_module_that_trains_later() -> None:
+    norm = nn.BatchNorm1d(1).eval()
+    program = simple(lambda x, z: normal(x, norm(z.double()[:, None])[:, 0]), scores_of(1, 4, 2, 3, 1))
+    elbo = SparseEnumELBO("packed", max_plate_nesting=1)
+    elbo.loss(*program, table("x", 5))
+    norm.train()
+    with pytest.raises(ValueError, match="rows do not see each other"):
+        elbo.loss(*program, table("x", 5))
+
+
+@pytest.mark.parametrize("full", [5, 6, 7, 8, 9, 40])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 5, 6, 7])
+def test_numbers_of_rows_that_are_those_of_something_else(full: int, chunk: int | None) -> None:
+    """N is 7, B is 5; all data are 5 to 40."""
+    pyro.param("own", table("own", full))
+
+    def observe(x: Tensor, z: Tensor) -> None:
+        normal(x, z + pyro.param("own", event_dim=0))
+
+    program = simple(observe, scores_of(1, 3, 1, 1, 1), full)
+    model, guide = program
+    index = torch.arange(full - 5, full)
+
+    def subsampled(f: Callable[..., None]) -> Callable[..., None]:
+        return pyro.poutine.replay(f, trace=given)
+
+    given = pyro.poutine.Trace()
+    given.add_node("data", type="sample", name="data", value=index, is_observed=False, infer={})
+    losses = []
+    for elbo, q in (
+        (TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(guide)),
+        (SparseEnumELBO("packed", chunk_rows=chunk, max_plate_nesting=1, check=False), guide),
+    ):
+        losses.append(torch.tensor(elbo.loss(model, subsampled(q), table("x", 5))))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_scales_of_rows(chunk: int | None) -> None:
+    def weighted(x: Tensor, z: Tensor, w: Tensor) -> None:
+        with pyro.poutine.scale(scale=w):
+            normal(x, z.double())
+
+    program = simple(weighted, scores_of(1, 4, 2, 3, 1))
+    elbo = SparseEnumELBO("packed", chunk_rows=chunk, max_plate_nesting=1)
+    for w in (torch.ones(5), 1 + table("w", 5).square()):
+        same_as_dense(program, elbo, table("x", 5), w)
+
+
+def test_a_scale_by_the_value() -> None:
+    def by_value(x: Tensor, z: Tensor) -> None:
+        with pyro.poutine.scale(scale=2.0 if z.numel() == 1 and int(z) == 0 else 1.0):
+            normal(x, z.double())
+
+    def at_once(x: Tensor, z: Tensor) -> None:
+        with pyro.poutine.scale(scale=torch.where(z == 0, 2.0, 1.0)):
+            normal(x, z.double())
+
+    scores = scores_of(1, 4, 2, 3, 1)
+    model, guide = simple(by_value, scores)
+    expected = TraceEnum_ELBO(max_plate_nesting=1).loss(
+        simple(at_once, scores)[0], config_enumerate(guide), table("x", 5)
+    )
+    got = SparseEnumELBO("packed", chunk_rows=1, max_plate_nesting=1, check=False).loss(model, guide, table("x", 5))
+    assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_inner_plates_of_different_sizes_are_refused() -> None:
+    def ragged(x: Tensor, z: Tensor, lengths: Tensor) -> None:
+        with pyro.plate("t", int(lengths[0]), dim=-2):
+            normal(x, z.double())
+
+    model, guide = simple(ragged, scores_of(1, 2, 1, 1, 1))
+    elbo = SparseEnumELBO("packed", chunk_rows=1, max_plate_nesting=2)
+    with pytest.raises(ValueError, match=r"site 'x': expected plates of the same sizes for all rows, got .*'t', 3"):
+        elbo.loss(model, guide, table("x", 5), torch.tensor([3, 1, 3, 1, 3]))
+
+
+def test_a_parameter_that_begins_on_rows_is_refused() -> None:
+    def observe(x: Tensor, z: Tensor) -> None:
+        normal(x, z + pyro.param("own", torch.zeros(len(x)), event_dim=0))
+
+    program = simple(observe, scores_of(1, 4, 2, 3, 1))
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"param 'own'.*before the first run"):
+        SparseEnumELBO("packed", max_plate_nesting=1).loss(*program, table("x", 5))
+
+
+def test_chunks_under_handlers_are_refused_and_take_any_noise_again() -> None:
+    program = simple(lambda x, z: normal(x, z.double()), scores_of(1, 4, 2, 3, 1))
+    elbo = SparseEnumELBO("packed", chunk_rows=2, max_plate_nesting=1)
+    with pyro.poutine.scale(scale=2.0), pytest.raises(ValueError, match=r"chunk_rows: .*ScaleMessenger.*around model"):
+        elbo.loss(*program, table("x", 5))
+
+    def noisy(x: Tensor, z: Tensor) -> None:
+        start = pyro.param("start", lambda: torch.randn(()))  # drawn once, in the first part
+        normal(x, (z + 1.0) * start * random.random() * torch.rand(()))
+
+    program = simple(noisy, scores_of(1, 4, 2, 3, 1))
+
+    def loss() -> Tensor:
+        random.seed(3), torch.manual_seed(3)
+        return elbo.differentiable_loss(*program, table("x", 5))
+
+    with pyro.validation_enabled(False):
+        loss().backward()
+        start = pyro.get_param_store()._params["start"]
+        values = []
+        for step in (1e-6, -1e-6):
+            start.data += step
+            values.append(loss().item())
+            start.data -= step
+        start.grad = None
+        loss().backward()
+    assert start.grad.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_scripted_decoder() -> None:
+    net = torch.jit.script(nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)))
+    program = simple(lambda x, z: normal(x, net(z.double()[..., None])[..., 0]), scores_of(1, 4, 2, 3, 1))
+    same_as_dense(program, SparseEnumELBO("packed", max_plate_nesting=1), table("x", 5))
+
+
+@pytest.mark.parametrize("result", [None, 3, (torch.zeros(3),), (torch.zeros(3), None)])
+def test_what_gather_must_return(result: Any) -> None:
+    program = simple(lambda x, z: normal(x, z.double()), scores_of(1, 4, 2, 3, 1))
+    with pytest.raises(TypeError, match=r"gather: expected \(args, kwargs\)"):
+        SparseEnumELBO("packed", gather=lambda *args: result, max_plate_nesting=1).loss(*program, table("x", 5))

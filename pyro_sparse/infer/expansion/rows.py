@@ -30,7 +30,7 @@ class Rows:
         dims: the slot dims of the packed sites, then the plate's dim, from the right.
         sizes: of these.
         index: ``(len(dims), N)``: where in these dims each row comes from, ordered by example.
-        spare: whether the last row repeats another, so that their number is not that of something else.
+        spare: how many rows at the end repeat another, so that their number is not that of something else.
     """
 
     frame: Frame
@@ -38,7 +38,7 @@ class Rows:
     dims: tuple[int, ...]
     sizes: tuple[int, ...]
     index: Tensor
-    spare: bool = False
+    spare: int = 0
 
     @property
     def count(self) -> int:
@@ -56,13 +56,19 @@ class Rows:
         return self.dims[-1]
 
     def part(self, start: int, stop: int) -> Rows:
-        """Some of them. Where their number is that of the plate, a row is repeated: else it would tell nothing."""
-        index, spare = self.index[:, start:stop], False
-        count, last = index.shape[1], index[:, -1:]
-        in_order = count == self.sizes[-1] == self.frame.full_size and bool((index[-1].diff() == 1).all())
-        if count in (self.sizes[-1], self.frame.full_size) and not in_order:
-            index, spare = torch.cat([index, last], 1), True
+        """Some of them. Where their number is that of the plate, rows are repeated: else it would tell nothing."""
+        index, spare, size = self.index[:, start:stop], 0, self.sizes[-1]
+        count = index.shape[1]
+        if count == size and self.is_batch(index):
+            return replace(self, index=index, spare=0)
+        while count + spare in (size, self.frame.full_size):
+            index, spare = torch.cat([index, index[:, -1:]], 1), spare + 1
         return replace(self, index=index, spare=spare)
+
+    def is_batch(self, index: Tensor | None = None) -> bool:
+        """Whether the rows are the plate's elements, one each in their order."""
+        index = self.index if index is None else index
+        return index.shape[1] == self.sizes[-1] and bool((index[-1].diff() == 1).all())
 
     def parts(self, size: int | None) -> Iterator[Rows]:
         """All of them, so many at a time."""
@@ -116,7 +122,7 @@ class Rows:
 def joined(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, without spare ones."""
     index = torch.cat([part.index[:, : part.count - part.spare] for part in parts], 1)
-    return replace(parts[0], index=index, spare=False)
+    return replace(parts[0], index=index, spare=0)
 
 
 def rows_of(owner: str, guide_trace: Any, names: Collection[str]) -> Rows | None:
@@ -176,11 +182,14 @@ def _active(nodes: list[Any], slots: tuple[int, ...], dim: int, size: int) -> tu
     return (*kept.shape[1:], size), torch.cat([index[1:], index[:1]])
 
 
+_TAKEN = (torch.strided, torch.sparse_coo)  # of other layouts torch takes no rows
+
+
 def place(index: Tensor, size: int, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """The rows' own parts of arguments: of each tensor whose leading dim has the plate's size."""
 
     def of(leaf: Any) -> Any:
-        rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+        rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size and leaf.layout in _TAKEN
         return leaf.index_select(0, index.to(leaf.device)) if rows else leaf
 
     placed: tuple[Any, Any] = torch.utils._pytree.tree_map(of, (args, dict(kwargs)))

@@ -199,8 +199,8 @@ def explained_on_rows(alone: Alone, plate: str) -> Iterator[None]:
 
 
 ON_ROWS = (
-    "Pass the data as arguments with a row for each element of the plate, or take them by its indices; take sizes from "
-    "them (len(x)); place other arguments by gather=; or use mode='padded'."
+    "Pass the data as arguments with a row for each element of the plate, or take them by its indices; take the size "
+    "of the plate from them (len(x)), and nothing else; place other arguments by gather=; or use mode='padded'."
 )
 
 

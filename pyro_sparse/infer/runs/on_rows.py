@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
@@ -14,21 +17,29 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_sparse.infer.expansion.masked_rows import mask_of
 from pyro_sparse.infer.expansion.rows import Rows, joined, place
 from pyro_sparse.infer.expansion.views import with_fixed_value
-from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, is_subsample
+from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, handlers_around, is_subsample
+from pyro_sparse.infer.runs.again import made_again
 from pyro_sparse.infer.runs.explanations import ON_ROWS
 from pyro_sparse.infer.runs.together import close, evaluated
-from pyro_sparse.infer.runs.undisturbed import undisturbed
+from pyro_sparse.infer.runs.undisturbed import before_every_forward, undisturbed
 
 Gather = Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]]
 COMPARED = 4  # outcomes of each example that are compared with ordinary runs
 # What of a node would keep the graph of its run, or is said anew.
 _OF_A_RUN = ("log_prob", "log_prob_sum", "unscaled_log_prob", "packed")
+
+
+class Compared(dict[Any, Any]):
+    """By plate, sizes of arguments and program: the modules that a comparison called, as they were. Not pickled."""
+
+    def __reduce__(self) -> Any:
+        return Compared, ()
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class OnRows:
         nesting: how many dims plates have.
         chunk_rows: how many rows at a time; their graphs are made again in the backward pass. None: all at once.
         gather: ``gather(index, *args, **kwargs)`` gives ``(args, kwargs)`` for the rows of the examples ``index``.
-        compared: plates whose rows were compared with an ordinary run; None: that is not asked for.
+        compared: what was compared with ordinary runs so far.
+        check: whether they are to be compared under validation.
         fixed: sites whose log-probability has no derivative by the value.
     """
 
@@ -49,12 +61,18 @@ class OnRows:
     nesting: int
     chunk_rows: int | None = None
     gather: Gather | None = None
-    compared: set[str] | None = None
+    compared: Compared = field(default_factory=lambda: Compared())
+    check: bool = True
     fixed: Collection[str] = ()
 
     def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, int]:
         """The model's trace, with log-probabilities in slots, and on how many rows its largest site ran."""
         indices = guide_trace.nodes[rows.frame.name]["value"] if rows.frame.name in guide_trace.nodes else None
+        if self.chunk_rows is not None and (around := handlers_around()):
+            raise ValueError(
+                f"{self.owner}, chunk_rows: expected no effect handlers around the loss, which the backward pass runs "
+                f"again without them, got {around}. Put them around model and guide."
+            )
         sites: dict[str, list[_Scored]] = {}
         result, again, ran_on = poutine.Trace(), dims_as_now(), 0
         for part in rows.parts(self.chunk_rows):
@@ -67,32 +85,43 @@ class OnRows:
                 scored.extend(found if first else ())
                 return [site.log_prob for site in found]
 
-            log_probs = run() if self.chunk_rows is None else _made_again(run)
+            log_probs = run() if self.chunk_rows is None else made_again(run)
             ran_on += max((log_prob.numel() for log_prob in log_probs), default=0)
             for site, log_prob in zip(scored, log_probs, strict=True):
                 kept = sites.setdefault(site.node["name"], [])
                 if site.in_rows or not kept:  # what lies outside of the rows is the same in all parts
                     kept.append(_Scored(site.node, log_prob, site.mask, site.rows, site.in_rows))
         for name, parts in sites.items():
-            result.add_node(name, **_in_slots(parts, guide_trace, self.nesting))
+            result.add_node(name, **_in_slots(self.owner, parts, guide_trace, self.nesting))
         return result, ran_on
 
     def check_once(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
-        """Under validation, raises if at the first run the rows are not what an ordinary run has."""
-        if self.compared is not None and rows.frame.name not in self.compared and is_validation_enabled():
-            require_rows_alone(self, model, args, kwargs, guide_trace, rows)
-            self.compared.add(rows.frame.name)
+        """Under validation, raises if at the first run of such arguments the rows are not what ordinary runs have."""
+        if self.check and is_validation_enabled():
+            self._compare(model, args, kwargs, guide_trace, rows)
 
     def agrees(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> bool:
-        """Whether the rows are what an ordinary run has; found out once for a plate."""
-        if self.compared is None or rows.frame.name in self.compared:
-            return True
+        """Whether the rows are what ordinary runs have; found out once for such arguments."""
         try:
-            require_rows_alone(self, model, args, kwargs, guide_trace, rows)
+            self._compare(model, args, kwargs, guide_trace, rows)
         except Exception:  # whatever it is: it may be for slots only
             return False
-        self.compared.add(rows.frame.name)
         return True
+
+    def _compare(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
+        leaves = [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in tree_leaves((args, kwargs))]
+        key = rows.frame.name, rows.sizes[-1], tuple(leaves), _origin(model)
+        trained = self.compared.get(key)
+        if trained is not None and all(module.training == training for module, training in trained.items()):
+            return
+        called: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+        def before_forward(module: nn.Module, _args: Any) -> None:
+            called.update({part: part.training for part in module.modules()})
+
+        with before_every_forward(before_forward):
+            require_rows_alone(self, model, args, kwargs, guide_trace, rows)
+        self.compared[key] = called
 
     def _scores(
         self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows, indices: Tensor | None
@@ -126,11 +155,6 @@ class OnRows:
         scale = node["scale"]
         for frame in own:  # the rows are no more data than the examples
             scale = scale * (rows.frame.full_size / rows.frame.size) / (frame.full_size / frame.size)
-        if node["name"] in rows.sites and not own:
-            raise ValueError(
-                f"{self.owner}, site '{node['name']}': expected it in plate '{rows.frame.name}' in the model, as in "
-                f"the guide, got {[f.name for f in node['cond_indep_stack']]}. Use one name, or mode='padded'."
-            )
         bare = {key: value for key, value in node.items() if key not in _OF_A_RUN}
         bare.update(cond_indep_stack=frames, scale=scale)
         return _Scored(bare, log_prob, mask_of(node), rows, bool(own))
@@ -138,7 +162,13 @@ class OnRows:
     def _arguments(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self.gather is None:
             return place(rows.example, rows.sizes[-1], args, kwargs)
-        own_args, own_kwargs = self.gather(rows.example, *args, **kwargs)
+        gathered: Any = self.gather(rows.example, *args, **kwargs)
+        if not (isinstance(gathered, tuple) and len(gathered) == 2 and isinstance(gathered[1], Mapping)):
+            raise TypeError(
+                f"{self.owner}, gather: expected (args, kwargs), a tuple and a dict, got {type(gathered).__name__}. "
+                "Return ((x[index], y), {})."
+            )
+        own_args, own_kwargs = gathered
         before = {id(leaf) for leaf in tree_leaves((args, kwargs))}
         for leaf in tree_leaves((own_args, own_kwargs)):
             if isinstance(leaf, Tensor) and id(leaf) not in before and rows.count not in leaf.shape:
@@ -171,24 +201,34 @@ class _InSlots(TorchDistribution):
         super().__init__(batch_shape, fn.event_shape, validate_args=False)
 
 
-def _in_slots(parts: list[_Scored], guide_trace: Any, nesting: int) -> dict[str, Any]:
+def _in_slots(owner: str, parts: list[_Scored], guide_trace: Any, nesting: int) -> dict[str, Any]:
     node = dict(parts[0].node)
     if node["type"] == "param" or is_subsample(node["fn"]):
         return node
-    log_prob, mask = parts[0].log_prob, parts[0].mask
+    log_prob, mask, scale = parts[0].log_prob, parts[0].mask, node["scale"]
     if parts[0].in_rows:
         rows = joined([part.rows for part in parts])
+        if len({frozenset(part.node["cond_indep_stack"]) for part in parts}) > 1:
+            sizes = sorted({(f.name, f.size) for part in parts for f in part.node["cond_indep_stack"]})
+            raise ValueError(
+                f"{owner}, site '{node['name']}': expected plates of the same sizes for all rows, got {sizes}. Give "
+                "the inner plate one size, and mask what a row lacks."
+            )
+        scales = [torch.as_tensor(part.node["scale"], dtype=log_prob.dtype) for part in parts]
+        if any(each.numel() > 1 or each != scales[0] for each in scales):
+            scale = rows.scatter(_side_by_side([(x, part.rows) for x, part in zip(scales, parts, strict=True)]))
         log_prob = rows.scatter(_side_by_side([(part.log_prob, part.rows) for part in parts]))
         if any(part.mask is not None for part in parts):
             mask = rows.scatter(_side_by_side([(_mask_of(part), part.rows) for part in parts]))
     node.update(
         fn=_InSlots(log_prob.shape[max(log_prob.dim() - nesting, 0) :], node["fn"]),
         mask=mask,
+        scale=scale,
         unscaled_log_prob=log_prob,
     )
     if node["name"] in guide_trace.nodes and not node["is_observed"]:
         node["value"] = guide_trace.nodes[node["name"]]["value"]
-    node["log_prob"] = scale_and_mask(log_prob, node["scale"], mask)
+    node["log_prob"] = scale_and_mask(log_prob, scale, mask)
     node["log_prob_sum"] = node["log_prob"].sum()
     return node
 
@@ -221,34 +261,13 @@ def _of_rows(node: Any, rows: Rows) -> Tensor:
     return rows.gather(value, event_dim) if inside or varies else value
 
 
-def _made_again(run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Keeps no graph: the backward pass runs it again, on the same random numbers, if it takes any."""
-    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop  # an older one changes warnings' filters
-
-    taken: list[list[Tensor]] = []
-    begun = False
-
-    def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
-
-    def run_as_before() -> list[Tensor]:
-        nonlocal begun
-        if begun:
-            devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-            with torch.random.fork_rng(devices):
-                for cpu, *cuda in taken:
-                    torch.set_rng_state(cpu)
-                    torch.cuda.set_rng_state_all(cuda)
-                return run()
-        begun, before = True, states()
-        result = run()
-        if not all(map(torch.equal, before, states())):  # kept only then: a state takes 5 kB for each part
-            taken.append(before)
-        return result
-
-    with set_checkpoint_early_stop(False):
-        result: list[Tensor] = checkpoint(run_as_before, use_reentrant=False, preserve_rng_state=False)
-    return result
+def _origin(model: Any) -> Any:
+    """What tells one program from another, also where each call is given a new function of the same code."""
+    fn = poutine.unwrap(model)
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    code = getattr(getattr(fn, "__func__", fn), "__code__", type(fn))
+    return code, id(getattr(fn, "__self__", fn if isinstance(fn, nn.Module) else code))
 
 
 class _RowsMessenger(Messenger):
@@ -260,6 +279,12 @@ class _RowsMessenger(Messenger):
         self.indices = torch.arange(rows.sizes[-1], device=rows.index.device) if indices is None else indices
 
     def _pyro_sample(self, msg: Any) -> None:
+        plates = [frame.name for frame in msg["cond_indep_stack"]]
+        if msg["name"] in self.rows.sites and self.rows.frame.name not in plates:
+            raise ValueError(
+                f"{self.owner}, site '{msg['name']}': expected it in plate '{self.rows.frame.name}' in the model, as "
+                f"in the guide, got {plates}. Use one name, or mode='padded'."
+            )
         if not is_subsample(msg["fn"]) or msg["name"] != self.rows.frame.name:
             return
         rows, given, asked = self.rows, msg["value"], msg["fn"].subsample_size
@@ -276,6 +301,15 @@ class _RowsMessenger(Messenger):
             msg["value"] = torch.arange(rows.count, device=self.indices.device)
         else:
             msg["value"] = self.indices[rows.example]
+
+    def _pyro_param(self, msg: Any) -> None:
+        inside = any(f.name == self.rows.frame.name for f in msg["cond_indep_stack"])
+        if inside and msg["kwargs"].get("event_dim") is not None and msg["name"] not in pyro.get_param_store():
+            raise ValueError(
+                f"{self.owner}, param '{msg['name']}': expected a parameter with an element for each of plate "
+                f"'{self.rows.frame.name}' before the first run on packed rows, whose number is another at each step, "
+                "got none. Run model and guide once before (poutine.trace), or make it outside of the model."
+            )
 
     def _pyro_post_param(self, msg: Any) -> None:
         self._take_rows(msg)
@@ -303,6 +337,8 @@ def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_tra
     example, where no noise reaches. A model that runs on rows only is not compared.
     """
     differing: set[str] = set()
+    if rows.is_batch():  # it would be compared with itself
+        rows = replace(rows, index=torch.cat([rows.index, rows.index[:, -1:]], 1))
     with undisturbed(), poutine.block(), evaluated(DROPOUT):
         again = dims_as_now()
 

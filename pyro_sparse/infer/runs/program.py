@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pyro import poutine
@@ -18,7 +18,7 @@ from pyro_sparse.infer.expansion.rows import Rows, rows_of
 from pyro_sparse.infer.expansion.views import LinearLogProbs
 from pyro_sparse.infer.refusals import smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, explained_on_rows
-from pyro_sparse.infer.runs.on_rows import OnRows
+from pyro_sparse.infer.runs.on_rows import Compared, OnRows
 from pyro_sparse.infer.runs.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.runs.traces import Traces, compute_log_probs
 
@@ -34,7 +34,7 @@ class Program:
         nesting: that number; infinite where it is not known yet.
         alone: the same without a plate of particles around guide and model.
         watched: whether what depends on which draw is noted down.
-        compared: plates whose packed rows were compared with an ordinary run; gets those that are.
+        compared: what packed rows were compared with ordinary runs.
     """
 
     model: Any
@@ -46,7 +46,7 @@ class Program:
     nesting: float
     alone: Alone
     watched: bool = False
-    compared: set[str] | None = None
+    compared: Compared = field(default_factory=Compared)
 
     def run(
         self,
@@ -117,8 +117,8 @@ class Program:
                 "and check at all packed sites, which share their rows, got several. Use one Exact(...) for all."
             )
         [(chunk_rows, gather, check)] = options
-        compared = self.compared if check else None
-        return OnRows("EstimatorELBO", int(self.nesting), chunk_rows, gather, compared, messenger.split)
+        nesting = int(self.nesting)
+        return OnRows("EstimatorELBO", nesting, chunk_rows, gather, self.compared, check, messenger.split)
 
     def _explained(self, tracer: Any, messenger: EstimatorMessenger) -> AbstractContextManager[None]:
         """Around runs of guide and model."""

@@ -39,7 +39,7 @@ def buffers_as_they_were() -> Iterator[None]:
         if module in kept:
             return
         for part in module.modules():  # of a compiled module no part is seen to be called
-            if part not in kept:
+            if part not in kept and not isinstance(part, torch.jit.ScriptModule):  # whose buffers are not Python's
                 kept[part] = dict(part._buffers)
                 part._buffers.update({name: x.clone() for name, x in _filled(part).items()})
 

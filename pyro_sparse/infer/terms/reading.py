@@ -50,7 +50,8 @@ class Reader:
         if names and traces.rows is not None:
             raise ValueError(
                 f"EstimatorELBO, site '{names[0]}': expected no closed-form KL divergence beside packed rows, of which "
-                "the prior is known there only, got one. Leave analytic_kl out, or use Exact(mode='padded')."
+                "the prior is known there only, got one. Leave out what asks for it (analytic_kl, StraightThrough), or "
+                "use Exact(mode='padded')."
             )
         circular: frozenset[str] = frozenset()
         if (names or split) and not same_order(traces.model, traces.guide):
