@@ -266,8 +266,10 @@ def _origin(model: Any) -> Any:
     fn = poutine.unwrap(model)
     while isinstance(fn, functools.partial):
         fn = fn.func
-    code = getattr(getattr(fn, "__func__", fn), "__code__", type(fn))
-    return code, id(getattr(fn, "__self__", fn if isinstance(fn, nn.Module) else code))
+    plain = getattr(fn, "__func__", fn)
+    code = getattr(plain, "__code__", type(fn))
+    seen = [id(cell.cell_contents) for cell in getattr(plain, "__closure__", None) or ()]
+    return code, id(getattr(fn, "__self__", fn if isinstance(fn, nn.Module) else code)), *seen
 
 
 class _RowsMessenger(Messenger):
