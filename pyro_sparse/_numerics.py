@@ -115,7 +115,7 @@ def decaying_rule(span: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Both of shape ``(*batch, count)``, without gradient.
 
-    **Reference:** H. Takahasi and M. Mori, *Double exponential formulas for numerical integration*, 1974.
+    Reference: H. Takahasi and M. Mori, *Double exponential formulas for numerical integration*, 1974.
     """
     first = -3.5  # t is then the rounding of 1 in float64
     steps = torch.linspace(0, 1, count, dtype=span.dtype, device=span.device)

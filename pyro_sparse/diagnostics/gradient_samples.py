@@ -237,7 +237,7 @@ class Sampler:
                 self.failure = error
 
     def _gradient(self, model: Any) -> Tensor:
-        """One estimate of the gradient by the parameters, in one vector that the next one overwrites."""
+        """One estimate of the gradient with respect to the parameters, in one vector that the next one overwrites."""
         program = self.program
         for leaf in program.leaves:
             leaf.grad = None

@@ -200,11 +200,11 @@ class Scaled(Baseline):
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         value, loss = self.baseline(cost, site)
         site.memo[self] = value = widened(value.detach())
-        mean, center, covariance, variance = self.moments
+        mean, centre, covariance, variance = self.moments
         # A constant's variance is that of rounding, and its covariance too: their ratio would be noise.
-        varies = variance > (100 * torch.finfo(value.dtype).eps * center).square()
+        varies = variance > (100 * torch.finfo(value.dtype).eps * centre).square()
         slope = covariance / torch.where(varies, variance, 1.0)
-        return torch.where(varies, mean + slope * (value - center), value), loss
+        return torch.where(varies, mean + slope * (value - centre), value), loss
 
     def update(self, cost: Tensor, site: Site) -> None:
         cost, value = widened(cost), site.memo[self].expand_as(cost)

@@ -57,7 +57,7 @@ class OneHotView:
         return x.sum(tuple(range(-1 - self.elements, 0)))
 
     def as_cotangent(self, x: Tensor) -> Tensor:
-        """A derivative by the site's values as one by one-hot vectors."""
+        """A derivative with respect to the site's values as one by one-hot vectors."""
         return torch.stack([x, torch.zeros_like(x)], -1) if isinstance(self.base, Bernoulli) else x
 
     def gradient(self, weights: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class OneHotView:
         return weights - self.probs * weights.sum(-1, keepdim=True)
 
     def surrogate(self, gradient: Tensor) -> Tensor:
-        """What has this gradient by the logits, summed over the elements."""
+        """What has this gradient with respect to the logits, summed over the elements."""
         return self.sum_elements(gradient.detach() * self.logits.clamp(min=torch.finfo(self.logits.dtype).min))
 
     def spread(self, x: Tensor) -> Tensor:

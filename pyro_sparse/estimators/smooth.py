@@ -66,7 +66,7 @@ def derivative(cost: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
 def norm_loss(view: OneHotView, gradient: Tensor, estimator: Estimator) -> Tensor | float:
     r"""
     A loss whose gradient is that of :math:`\lVert g \rVert^2` by what the estimator learns, and by nothing else. As g,
-    the gradient by the logits, is unbiased, the mean of that is the gradient of its variance.
+    the gradient with respect to the logits, is unbiased, the mean of that is the gradient of its variance.
     """
     learnt = [parameter for parameter in estimator.parameters() if parameter.requires_grad]
     if not learnt:

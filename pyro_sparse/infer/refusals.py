@@ -36,7 +36,7 @@ def smooth_sites(trace: Any, estimators: Mapping[str, Estimator]) -> dict[str, A
 
 
 def not_relaxed(sites: Mapping[str, Any], got: str) -> ValueError:
-    """What to raise where a model cannot be differentiated by these sites' values."""
+    """What to raise where a model cannot be differentiated with respect to these sites' values."""
     where = " or ".join(f"'{name}' ({type(what).__name__})" for name, what in sites.items())
     takes = "one-hot vectors and bits as numbers"
     fix = "Multiply the one-hot vector by an embedding's weights (z @ embedding.weight); or use RELAX, whose control "

@@ -176,14 +176,14 @@ class OneHotCategoricalST(_StraightThrough, dist.OneHotCategorical):
     Raises:
         ValueError: ``temperature <= 0``, an unknown ``jacobian``; an index given to ``log_prob`` for a unit vector.
 
-    **Reference:** Y. Bengio, N. Léonard and A. Courville, *Estimating or propagating gradients through stochastic
+    Reference: Y. Bengio, N. Léonard and A. Courville, *Estimating or propagating gradients through stochastic
     neurons for conditional computation*, 2013; L. Liu et al., *Bridging discrete and backpropagation: straight-through
     and beyond*, NeurIPS 2023; M. Paulus, C. Maddison and A. Krause, *Rao-Blackwellizing the straight-through
     Gumbel-softmax gradient estimator*, ICLR 2021.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        r""":math:`\sum_k z_k \log p_k`, which has a gradient by the value."""
+        r""":math:`\sum_k z_k \log p_k`, which has a gradient with respect to the value."""
         if self._validate_args:
             if isinstance(value, Tensor) and not value.is_floating_point():
                 raise ValueError(
@@ -225,7 +225,7 @@ class GumbelSoftmaxST(OneHotCategoricalST):
     Raises:
         ValueError: ``temperature <= 0``; an index given to ``log_prob`` for a unit vector.
 
-    **Reference:** E. Jang, S. Gu and B. Poole, *Categorical reparameterization with Gumbel-softmax*, ICLR 2017, §2.2.
+    Reference: E. Jang, S. Gu and B. Poole, *Categorical reparameterization with Gumbel-softmax*, ICLR 2017, §2.2.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class BernoulliST(_StraightThrough, dist.Bernoulli):
     Raises:
         ValueError: ``temperature <= 0``, an unknown ``jacobian``.
 
-    **Reference:** Y. Bengio, N. Léonard and A. Courville, *Estimating or propagating gradients through stochastic
+    Reference: Y. Bengio, N. Léonard and A. Courville, *Estimating or propagating gradients through stochastic
     neurons for conditional computation*, 2013, §4; and those of :class:`OneHotCategoricalST`.
     """
 

@@ -45,7 +45,7 @@ class FaceDirichlet(WithinFace):
     Raises:
         ValueError: ``concentration <= 0``, NaN or infinite; K = 1; an empty face.
 
-    **Reference:** A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2.
+    Reference: A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"concentration": constraints.independent(constraints.positive, 1)}

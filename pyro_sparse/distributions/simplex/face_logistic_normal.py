@@ -54,7 +54,7 @@ class FaceLogisticNormal(WithinFace):
     Raises:
         ValueError: ``scale <= 0``, NaN or infinite parameters; K = 1; an empty face.
 
-    **Reference:** J. Aitchison and S. Shen, *Logistic-normal distributions: some properties and uses*, Biometrika 1980;
+    Reference: J. Aitchison and S. Shen, *Logistic-normal distributions: some properties and uses*, Biometrika 1980;
     on faces A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2.
     """
 

@@ -61,7 +61,7 @@ class GaussianSparsemax(ProjectedSimplex):
         TypeError: integer tensors.
         ValueError: one vertex; ``scale <= 0``, NaN, infinity.
 
-    **Reference:** A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4 (the extrinsic
+    Reference: A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4 (the extrinsic
     view).
     """
 

@@ -50,7 +50,7 @@ class GibbsFaces(FaceDistribution):
     Raises:
         ValueError: one vertex, NaN, +inf, or -inf at all vertices of a row.
 
-    **Reference:** A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2.
+    Reference: A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"scores": constraints.real_vector}

@@ -61,7 +61,7 @@ class HardConcreteSimplex(ProjectedSimplex):
         TypeError: integer tensors.
         ValueError: one vertex; ``temperature <= 0``, ``stretch <= 1``, NaN, infinity.
 
-    **Reference:** A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4 (the extrinsic
+    Reference: A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4 (the extrinsic
     view); for K = 2 C. Louizos, M. Welling and D. Kingma, *Learning sparse neural networks through L0 regularization*,
     ICLR 2018.
     """

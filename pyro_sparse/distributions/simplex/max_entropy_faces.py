@@ -45,7 +45,7 @@ class MaxEntropyFaces(FaceDistribution):
     Raises:
         ValueError: fewer than two vertices; NaN or infinite bits.
 
-    **Reference:** A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.3; the number of
+    Reference: A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.3; the number of
     faces of each size, which the published code leaves out, is counted here.
     """
 

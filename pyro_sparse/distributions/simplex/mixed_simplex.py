@@ -65,7 +65,7 @@ class MixedSimplex(MixedBase):
         TypeError: parts of other kinds.
         ValueError: parts with different numbers of vertices.
 
-    **Reference:** A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4 (the intrinsic
+    Reference: A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4 (the intrinsic
     view).
     """
 
@@ -201,7 +201,7 @@ class MixedDirichlet(MixedSimplex):
         concentration: positive, ``(*batch, K)``.
         validate_args: as in torch.
 
-    **Reference:** A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2. The published
+    Reference: A. Farinhas et al., *Sparse communication via mixed distributions*, ICLR 2022, §4.2. The published
     code sums over all faces; here entropy, mean and KL divergence are one-dimensional integrals.
     """
 
@@ -221,7 +221,7 @@ class MixedLogisticNormal(MixedSimplex):
         scale: positive, ``(*batch, K)`` or a number.
         validate_args: as in torch.
 
-    **Reference:** as :class:`MixedDirichlet`.
+    Reference: as :class:`MixedDirichlet`.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class HardConcrete(Stretched):
     Raises:
         ValueError: ``temperature <= 0``, ``low >= 0``, ``high <= 1``, NaN.
 
-    **Reference:** C. Louizos, M. Welling and D. Kingma, *Learning sparse neural networks through L0 regularization*,
+    Reference: C. Louizos, M. Welling and D. Kingma, *Learning sparse neural networks through L0 regularization*,
     ICLR 2018, §2.2 and appendix.
     """
 

@@ -48,7 +48,7 @@ class HardKumaraswamy(Stretched):
     Raises:
         ValueError: a concentration that is not positive, ``low >= 0``, ``high <= 1``, NaN.
 
-    **Reference:** J. Bastings, W. Aziz and I. Titov, *Interpretable neural predictions with differentiable binary
+    Reference: J. Bastings, W. Aziz and I. Titov, *Interpretable neural predictions with differentiable binary
     variables*, ACL 2019, §3.
     """
 

@@ -47,7 +47,7 @@ class RectifiedNormal(RectifiedDistribution):
     Raises:
         ValueError: ``scale <= 0``, NaN.
 
-    **Reference:** G. Hinton and Z. Ghahramani, *Generative models for discovering sparse distributed representations*,
+    Reference: G. Hinton and Z. Ghahramani, *Generative models for discovering sparse distributed representations*,
     1997, §3; the formulas are moments of a truncated normal.
     """
 

@@ -170,7 +170,7 @@ class SpikeAndExponential(SpikeAndSlab):
     Raises:
         ValueError: for both or neither of logits and probs, NaN, probs outside [0, 1].
 
-    **Reference:** J. Rolfe, *Discrete variational autoencoders*, ICLR 2017, appendix D.1.
+    Reference: J. Rolfe, *Discrete variational autoencoders*, ICLR 2017, appendix D.1.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class SpikeAndSlab(InflatedDistribution):
             multivariate or mixed.
         TypeError: for a slab that is no Pyro distribution.
 
-    **Reference:** T. Mitchell and J. Beauchamp, *Bayesian variable selection in linear regression*, JASA 1988, §2.
+    Reference: T. Mitchell and J. Beauchamp, *Bayesian variable selection in linear regression*, JASA 1988, §2.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real, "probs": constraints.unit_interval}

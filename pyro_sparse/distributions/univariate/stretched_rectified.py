@@ -65,7 +65,7 @@ class StretchedRectified(RectifiedDistribution):
             its own or by a stretch that learns. (Where the base's density bends inside of (0, 1), as Laplace's does,
             second derivatives of these lack what the corner adds.)
 
-    **Reference:** J. Bastings, W. Aziz and I. Titov, *Interpretable neural predictions with differentiable binary
+    Reference: J. Bastings, W. Aziz and I. Titov, *Interpretable neural predictions with differentiable binary
     variables*, ACL 2019, §3.
     """
 

@@ -49,7 +49,7 @@ class ZeroOneInflated(InflatedDistribution):
             sum to one, a slab that reaches beyond [0, 1], or is discrete, multivariate or mixed.
         TypeError: for a slab that is no Pyro distribution.
 
-    **Reference:** R. Ospina and S. Ferrari, *Inflated beta distributions*, Statistical Papers 2010, §2.
+    Reference: R. Ospina and S. Ferrari, *Inflated beta distributions*, Statistical Papers 2010, §2.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real_vector, "probs": constraints.simplex}

@@ -54,7 +54,7 @@ class OnRows:
         gather: ``gather(index, *args, **kwargs)`` gives ``(args, kwargs)`` for the rows of the examples ``index``.
         compared: what was compared with ordinary runs so far.
         check: whether they are to be compared under validation.
-        fixed: sites whose log-probability has no derivative by the value.
+        fixed: sites whose log-probability has no derivative with respect to the value.
     """
 
     owner: str
@@ -268,8 +268,15 @@ def _origin(model: Any) -> Any:
         fn = fn.func
     plain = getattr(fn, "__func__", fn)
     code = getattr(plain, "__code__", type(fn))
-    seen = [id(cell.cell_contents) for cell in getattr(plain, "__closure__", None) or ()]
+    seen = [_content(cell) for cell in getattr(plain, "__closure__", None) or ()]
     return code, id(getattr(fn, "__self__", fn if isinstance(fn, nn.Module) else code)), *seen
+
+
+def _content(cell: Any) -> int | None:
+    try:
+        return id(cell.cell_contents)
+    except ValueError:  # a name that is not given yet
+        return None
 
 
 class _RowsMessenger(Messenger):

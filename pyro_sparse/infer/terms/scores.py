@@ -111,7 +111,7 @@ class Run:
     def check_derivatives(self) -> None:
         """
         Raises if other terms depend on the value of a site whose estimator differentiates by it, and none of them has a
-        derivative by it.
+        derivative with respect to it.
         """
         guide, expansion = self.traces.guide, self.traces.expansion
         sites = smooth_sites(guide, expansion.estimators)
