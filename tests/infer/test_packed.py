@@ -412,7 +412,7 @@ def test_memory_of_chunks_does_not_grow_with_the_rows() -> None:
         vae = Vae(size, codes)
         with torch.no_grad():
             vae.scores.zero_()  # all outcomes
-        vae.out = nn.Sequential(nn.Linear(4, 4096), nn.Tanh(), nn.Linear(4096, 2))  # type: ignore[assignment]
+        vae.images, vae.out = table("wide", size, 2048), nn.Linear(4, 2048)
         for chunk in (16, None):
             elbo = SparseEnumELBO("packed", chunk_rows=chunk, max_plate_nesting=1, check=False)
             for _ in range(2):

@@ -31,7 +31,8 @@ from pyro_sparse.infer.runs.undisturbed import before_every_forward, undisturbed
 
 Gather = Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]]
 COMPARED = 4  # outcomes of each example that are compared with ordinary runs
-# What of a node would keep the graph of its run, or is said anew.
+# What of a node is kept of each part, and what is not of any: the rest is the first's, and would keep memory.
+_OF_A_PART = ("cond_indep_stack", "scale")
 _OF_A_RUN = ("log_prob", "log_prob_sum", "unscaled_log_prob", "packed")
 
 
@@ -76,21 +77,23 @@ class OnRows:
         sites: dict[str, list[_Scored]] = {}
         result, again, ran_on = poutine.Trace(), dims_as_now(), 0
         for part in rows.parts(self.chunk_rows):
-            scored: list[_Scored] = []
+            scored: list[_Scored | None] = []
 
-            def run(part: Rows = part, scored: list[_Scored] = scored) -> list[Tensor]:
+            def run(part: Rows = part, scored: list[_Scored | None] = scored) -> list[Tensor]:
                 again()
                 found = self._scores(model, args, kwargs, guide_trace, part, indices)
-                first = not scored
-                scored.extend(found if first else ())
+                scored.extend(() if scored else found)
                 return [site.log_prob for site in found]
 
             log_probs = run() if self.chunk_rows is None else made_again(run)
             ran_on += max((log_prob.numel() for log_prob in log_probs), default=0)
             for site, log_prob in zip(scored, log_probs, strict=True):
+                assert site is not None
                 kept = sites.setdefault(site.node["name"], [])
                 if site.in_rows or not kept:  # what lies outside of the rows is the same in all parts
-                    kept.append(_Scored(site.node, log_prob, site.mask, site.rows, site.in_rows))
+                    node = {key: site.node[key] for key in _OF_A_PART} if kept else site.node
+                    kept.append(_Scored(node, log_prob, site.mask, site.rows, site.in_rows))
+            scored[:] = [None]  # the backward pass holds it, and would hold what the nodes do
         for name, parts in sites.items():
             result.add_node(name, **_in_slots(self.owner, parts, guide_trace, self.nesting))
         return result, ran_on
