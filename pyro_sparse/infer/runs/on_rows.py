@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -217,8 +218,9 @@ def _in_slots(owner: str, parts: list[_Scored], guide_trace: Any, nesting: int) 
                 f"{owner}, site '{node['name']}': expected plates of the same sizes for all rows, got {sizes}. Give "
                 "the inner plate one size, and mask what a row lacks."
             )
-        scales = [torch.as_tensor(part.node["scale"], dtype=log_prob.dtype) for part in parts]
-        if any(each.numel() > 1 or each != scales[0] for each in scales):
+        scales = [part.node["scale"] for part in parts]
+        if not all(_alike(each, scale) for each in scales):
+            scales = [torch.as_tensor(each, dtype=log_prob.dtype) for each in scales]
             scale = rows.scatter(_side_by_side([(x, part.rows) for x, part in zip(scales, parts, strict=True)]))
         log_prob = rows.scatter(_side_by_side([(part.log_prob, part.rows) for part in parts]))
         if any(part.mask is not None for part in parts):
@@ -234,6 +236,13 @@ def _in_slots(owner: str, parts: list[_Scored], guide_trace: Any, nesting: int) 
     node["log_prob"] = scale_and_mask(log_prob, scale, mask)
     node["log_prob_sum"] = node["log_prob"].sum()
     return node
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two scales are one number, but for the rounding of how many rows a part has."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return all(isinstance(x, Tensor) and x.numel() == 1 for x in (a, b)) and torch.equal(a, b)
+    return math.isclose(a, b, rel_tol=1e-12)
 
 
 def _mask_of(part: _Scored) -> Tensor:
