@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes
 
-MODES = ("padded", "union", "packed", "auto")
+MODES = ("padded", "union", "packed")
 Gather = Callable[..., Any]
 
 
@@ -45,11 +45,7 @@ class Exact(Estimator):
         check: bool = True,
     ) -> None:
         super().__init__()
-        if mode == "auto":
-            raise ValueError(
-                f"Exact: expected mode in {MODES[:3]}, got 'auto'. Take one of them; SparseEnumELBO counts and chooses."
-            )
-        check_expansion("Exact", mode, max_support, chunk_rows, gather)
+        check_expansion("Exact", MODES, mode, max_support, chunk_rows, gather)
         self.mode = mode
         self.max_support = max_support
         self.chunk_rows = chunk_rows
@@ -68,11 +64,16 @@ class Exact(Estimator):
 
 
 def check_expansion(
-    owner: str, mode: str, max_support: int | None, chunk_rows: int | None, gather: Gather | None
+    owner: str,
+    modes: tuple[str, ...],
+    mode: str,
+    max_support: int | None,
+    chunk_rows: int | None,
+    gather: Gather | None,
 ) -> None:
     """Raises for options of an expansion that mean nothing."""
-    if mode not in MODES:
-        raise ValueError(f"{owner}: expected mode in {MODES}, got {mode!r}. Use one of them.")
+    if mode not in modes:
+        raise ValueError(f"{owner}: expected mode in {modes}, got {mode!r}. Use one of them.")
     if max_support is not None and max_support < 1:
         raise ValueError(f"{owner}: expected max_support >= 1 or None, got {max_support}. Raise it.")
     if chunk_rows is not None and mode != "packed":

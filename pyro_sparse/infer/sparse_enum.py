@@ -21,6 +21,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.estimators import exact
 from pyro_sparse.estimators.exact import Gather, check_expansion
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.choice import Choice
@@ -31,7 +32,7 @@ from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.expansion.work import slot_ratios
 from pyro_sparse.infer.pyro_internals import buffers_kept, dice_elbo, dice_expectation
 from pyro_sparse.infer.refusals import refuse_guide_messenger
-from pyro_sparse.infer.runs.enumerated import on_rows, on_slots
+from pyro_sparse.infer.runs.enumerated import Pair, enumerated
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.on_rows import Compared, OnRows
 from pyro_sparse.infer.runs.ordinary import guess_nesting
@@ -41,6 +42,7 @@ from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.factors import as_costs
 from pyro_sparse.infer.terms.masked import MaskedRows
 
+MODES = (*exact.MODES, "auto")
 _NO_JIT = "Tracing would freeze the support of the first batch; run it eagerly."
 
 
@@ -108,7 +110,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         check: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_expansion("SparseEnumELBO", mode, max_support, chunk_rows, gather)
+        check_expansion("SparseEnumELBO", MODES, mode, max_support, chunk_rows, gather)
         if kwargs.get("jit_options") is not None:
             raise ValueError(f"SparseEnumELBO: expected no jit_options, got {kwargs['jit_options']}. {_NO_JIT}")
         super().__init__(**kwargs)
@@ -120,7 +122,6 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._choice = Choice()  # in mode "auto"
         self._rows = MaskedRows()
         self._record: StepRecord | None = None
-        self._ran_on: int | None = None  # how many packed rows
         self._rows_compared = Compared()
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
@@ -208,48 +209,45 @@ class SparseEnumELBO(TraceEnum_ELBO):
             traces = [next(pairs)]
             if guide_enum.narrowed:  # what the terms depend on is known once they are there
                 traces += pairs
-            if again := self._rows.found(guide_enum, [(q, p) for p, q in traces], {}):
+            if again := self._rows.found(guide_enum, [(q, p) for (p, q), _ in traces], {}):
                 put_back()
         if again:
             yield from self._enumerate(layout, record, model, guide, alone)
             return
         self._check_rows(alone, guide_enum, model_enum)
-        for model_trace, guide_trace in itertools.chain(traces, pairs):
+        for (model_trace, guide_trace), ran_on in itertools.chain(traces, pairs):
             sites = {**guide_enum.sites, **model_enum.sites}
             self._warn_unread_options(guide_trace)
             if not sites and guide_trace.stochastic_nodes:
                 self._warn_no_sparse_site(guide_trace)
-            record.add(sites, model_trace, guide_trace, self._ran_on)
+            record.add(sites, model_trace, guide_trace, ran_on)
             _refuse_zero_prior(guide_enum.sites, model_trace, guide_trace)
             yield model_trace, guide_trace
 
     def _traces(
         self, guide_enum: SparseEnumMessenger, model_enum: SparseEnumMessenger, model: Any, guide: Any, alone: Alone
-    ) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
+    ) -> Iterator[tuple[Pair, int | None]]:
         nesting, compared = int(self.max_plate_nesting), self._rows_compared
         on = OnRows("SparseEnumELBO", nesting, self.chunk_rows, self.gather, compared, self.check)
 
         def rows(guide_trace: poutine.Trace) -> Rows | None:
             if self.mode == "packed":
                 return rows_of("SparseEnumELBO", guide_trace, guide_enum.sites)
+            if self.mode != "auto":
+                return None
             found = self._choice.rows("SparseEnumELBO", guide_trace)
             if found is not None and not on.agrees(model_enum(model), alone.args, alone.kwargs, guide_trace, found):
                 self._choice.refuse(found)
                 return None
             return found
 
-        def run(wrap: Callable[[Any], Any]) -> tuple[poutine.Trace, poutine.Trace]:
-            program = model_enum(model), wrap(guide_enum(guide)), alone
-            if self.mode == "packed":  # its errors are explained by themselves
-                pair, self._ran_on = on_rows(*program, on, rows)
-                return pair
-            with self._explained(alone, guide_enum, model_enum):
-                if self.mode != "auto":
-                    return on_slots(*program, int(self.max_plate_nesting))
-                pair, self._ran_on = on_rows(*program, on, rows)
-            if self._ran_on is None:
+        def run(wrap: Callable[[Any], Any]) -> tuple[Pair, int | None]:
+            # Errors on packed rows are explained by themselves.
+            with nullcontext() if self.mode == "packed" else self._explained(alone, guide_enum, model_enum):
+                pair, ran_on = enumerated(model_enum(model), wrap(guide_enum(guide)), alone, on, rows)
+            if self.mode == "auto" and ran_on is None:
                 self._choice.learn(guide_enum.sites, *pair)
-            return pair
+            return pair, ran_on
 
         return sequential_runs(run)
 

@@ -1014,3 +1014,35 @@ def test_what_gather_must_return(result: Any) -> None:
     program = simple(lambda x, z: normal(x, z.double()), scores_of(1, 4, 2, 3, 1))
     with pytest.raises(TypeError, match=r"gather: expected \(args, kwargs\)"):
         SparseEnumELBO("packed", gather=lambda *args: result, max_plate_nesting=1).loss(*program, table("x", 5))
+
+
+@pytest.mark.parametrize("how", ["sparse", "estimator"])
+def test_chunks_take_the_subsample_of_another_plate_again(how: str) -> None:
+    """The backward pass runs the model on the indices that the loss was taken on."""
+    scores, data = scores_of(1, 4, 2, 3, 1), table("others", 30)
+    pyro.param("loc", torch.tensor(0.3))
+
+    def model(x: Tensor) -> None:
+        pyro.param("scores", scores)
+        with pyro.plate("others", 30, subsample_size=2, dim=-2) as index:
+            pyro.sample("y", dist.Normal(pyro.param("loc") * data[index][:, None], 1.0), obs=torch.ones(2, 1))
+        with pyro.plate("data", len(x), dim=-1):
+            normal(x, pyro.sample("z", dist.Categorical(logits=torch.zeros(K))).double() * pyro.param("loc"))
+
+    def guide(x: Tensor) -> None:
+        pyro.plate("others", 30, subsample_size=2, dim=-2)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", sdist.SparseCategorical(scores))
+
+    gradients = []
+    for chunk in (None, 2):
+        elbo: ELBO = SparseEnumELBO("packed", chunk_rows=chunk, max_plate_nesting=2)
+        if how == "estimator":
+            elbo = EstimatorELBO(Exact("packed", chunk_rows=chunk), max_plate_nesting=2)
+        elbo.loss(model, guide, table("x", 5))
+        pyro.set_rng_seed(7)
+        elbo.loss_and_grads(model, guide, table("x", 5))
+        loc = pyro.get_param_store()._params["loc"]
+        gradients.append(loc.grad.clone())
+        loc.grad = None
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)

@@ -23,6 +23,7 @@ from pyro_sparse.distributions.mixed.wrappers import IndependentMixed, MaskedMix
 
 
 def unknown(p: Any, q: Any) -> NoReturn:
+    """Raises for a pair without a divergence, in the way that keeps Pyro from drawing it pathwise."""
     if isinstance(p, MixedBase) and isinstance(q, MixedBase):
         raise UnknownDivergence(
             f"kl_divergence({p}, {q}): expected a pair with a known divergence, got {type(p).__name__} and "

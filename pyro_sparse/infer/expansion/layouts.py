@@ -59,7 +59,7 @@ def cheapest(
     support in place of S, and something for taking them apart.
 
     Args:
-        ratios: r for each site (:func:`~pyro_sparse.infer.work.slot_ratios`); sites not in it are padded.
+        ratios: r for each site (:func:`~pyro_sparse.infer.expansion.work.slot_ratios`); sites not in it are padded.
         nesting: how many dims plates have.
         uncounted: gets the sizes that are not in ``ratios``.
         packing: gets the sites that are padded to be packed; None where they cannot be.

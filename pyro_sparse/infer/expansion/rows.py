@@ -86,8 +86,7 @@ class Rows:
 
     def gather(self, value: Tensor, event_dim: int = 0) -> Tensor:
         """What belongs to each row of values that vary in these dims: the plate's dim has N elements then."""
-        missing = -min(self.dims) + event_dim - value.dim()
-        value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
+        value = with_dims(value, -min(self.dims) + event_dim)
         places = [dim - event_dim for dim in self.dims]
         sizes = [value.shape[place] for place in places]
         front = range(len(places))
@@ -100,8 +99,7 @@ class Rows:
 
     def scatter(self, value: Tensor) -> Tensor:
         """A value of each row, none of them spare, brought back to the slots and the plate; zero or False elsewhere."""
-        missing = -min(self.dims) - value.dim()
-        value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
+        value = with_dims(value, -min(self.dims))
         rows = value.movedim(self.dims, tuple(range(len(self.dims)))).flatten(0, len(self.dims) - 1)
         slots = rows.new_zeros(math.prod(self.sizes), *rows.shape[1:])
         slots = slots.index_copy(0, self._flat(self.sizes), rows)
@@ -117,6 +115,12 @@ class Rows:
             if size > 1:
                 index, stride = index + stride * places, stride * size
         return index
+
+
+def with_dims(value: Tensor, dims: int) -> Tensor:
+    """With so many dims at least, those that it lacks of size one."""
+    missing = dims - value.dim()
+    return value.reshape((1,) * missing + value.shape) if missing > 0 else value
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -175,8 +179,7 @@ def _active(nodes: list[Any], slots: tuple[int, ...], dim: int, size: int) -> tu
     for node in nodes:
         drawn = law(node["fn"])
         active = (drawn.log_prob(node["value"]).detach() > -math.inf) & active.to(node["value"].device)
-    active = active.reshape((1,) * (-min(slots) - active.dim()) + active.shape)
-    kept = active.movedim((dim, *slots), tuple(range(1 + len(slots))))
+    kept = with_dims(active, -min(slots)).movedim((dim, *slots), tuple(range(1 + len(slots))))
     kept = kept.reshape(*kept.shape[: 1 + len(slots)], -1).any(-1).expand(size, *(-1,) * len(slots))
     index = kept.nonzero().T  # waits for the device: how many rows there are decides what is computed
     return (*kept.shape[1:], size), torch.cat([index[1:], index[:1]])

@@ -58,7 +58,7 @@ def probe(slots: int, expanded: bool, site: str | None = None) -> Layout:
 def slot_ratios(run: Callable[[Layout], Mapping[str, Size]]) -> dict[Size, float]:
     r"""
     For each site, the work of one slot with a value per row over that of one outcome shared by all rows (between 1
-    and the number of rows; see :func:`~pyro_sparse.infer.layouts.cheapest`).
+    and the number of rows; see :func:`~pyro_sparse.infer.expansion.layouts.cheapest`).
 
     Args:
         run: runs guide and model with a layout and returns the sparse sites by name. It is called once, and twice per

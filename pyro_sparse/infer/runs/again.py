@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 
-from pyro_sparse.infer.runs.undisturbed import random_state
+from pyro_sparse.infer.runs.undisturbed import Generators, generators, random_state, set_generators
 
 
 def made_again(run: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -32,28 +30,19 @@ class _Repeatable:
 
     def __init__(self, run: Callable[[], list[Tensor]]) -> None:
         self.run, self.begun = run, False
-        self.before: Any = None
+        self.before: Generators | None = None
 
     def __call__(self) -> list[Tensor]:
         if self.begun:
-            now = _state()
+            now = generators()
             if self.before is not None:
-                _put_back(self.before)
+                set_generators(self.before)
             try:
                 return self.run()
             finally:
-                _put_back(now)
-        self.begun, before, drawn = True, _state(), random_state()
+                set_generators(now)
+        self.begun, before = True, generators()
         result = self.run()
-        if random_state() != drawn:  # a state takes 8 kB for each part
+        if random_state() != random_state(before):  # a state takes 8 kB for each part
             self.before = before
         return result
-
-
-def _state() -> Any:
-    return pyro.util.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _put_back(state: Any) -> None:
-    pyro.util.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])

@@ -44,7 +44,7 @@ class Several(NamedTuple):
 
     @property
     def stacked(self) -> Collection[str] | None:
-        """As :func:`~pyro_sparse.infer.together.compare` takes them."""
+        """As :func:`~pyro_sparse.infer.runs.together.compare` takes them."""
         return None if self.particles else self.slots
 
     def __str__(self) -> str:

@@ -5,32 +5,31 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pyro_sparse.estimators.exact import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
-from pyro_sparse.infer.expansion.rows import Rows, joined, place
+from pyro_sparse.infer.expansion.rows import Rows, joined, place, with_dims
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, handlers_around, is_subsample
 from pyro_sparse.infer.runs.again import made_again
-from pyro_sparse.infer.runs.explanations import ON_ROWS
+from pyro_sparse.infer.runs.explanations import ON_ROWS, Alone, explained_on_rows
+from pyro_sparse.infer.runs.rows_messenger import RowsMessenger
 from pyro_sparse.infer.runs.together import close, evaluated
 from pyro_sparse.infer.runs.undisturbed import before_every_forward, undisturbed
 
-Gather = Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]]
 COMPARED = 4  # outcomes of each example that are compared with ordinary runs
 # What of a node is kept of each part, and what is not of any: the rest is the first's, and would keep memory.
 _OF_A_PART = ("cond_indep_stack", "scale")
@@ -67,6 +66,15 @@ class OnRows:
     check: bool = True
     fixed: Collection[str] = ()
 
+    def model_trace(self, model: Any, alone: Alone, guide_trace: Any, rows: Rows | None) -> tuple[Any, int | None]:
+        """The model's trace on the guide's values, without rows an ordinary one; and on how many rows it ran."""
+        args, kwargs = alone.args, alone.kwargs
+        if rows is None:
+            return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), None
+        with explained_on_rows(alone, rows.frame.name):
+            self.check_once(model, args, kwargs, guide_trace, rows)
+            return self.run(model, args, kwargs, guide_trace, rows)
+
     def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, int]:
         """The model's trace, with log-probabilities in slots, and on how many rows its largest site ran."""
         indices = guide_trace.nodes[rows.frame.name]["value"] if rows.frame.name in guide_trace.nodes else None
@@ -75,6 +83,7 @@ class OnRows:
                 f"{self.owner}, chunk_rows: expected no effect handlers around the loss, which the backward pass runs "
                 f"again without them, got {around}. Put them around model and guide."
             )
+        guide_trace = guide_trace.copy()  # the backward pass reads it, too, when its plates have been taken out
         sites: dict[str, list[_Scored]] = {}
         result, again, ran_on = poutine.Trace(), dims_as_now(), 0
         for part in rows.parts(self.chunk_rows):
@@ -131,16 +140,11 @@ class OnRows:
         self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows, indices: Tensor | None
     ) -> list[_Scored]:
         """The model's sites on some rows, with their log-probabilities unscaled."""
-        given = guide_trace.copy()
-        for name, node in guide_trace.nodes.items():
-            if node["type"] != "sample":
-                continue
-            if name == rows.frame.name and site_is_subsample(node):
-                given.remove_node(name)
-            elif not site_is_subsample(node) and not node["is_observed"]:
-                given.nodes[name] = {**node, "value": _of_rows(node, rows)}
+        given = _given(guide_trace, rows)
+        if indices is not None:
+            given.remove_node(rows.frame.name)
         own_args, own_kwargs = self._arguments(rows, args, kwargs)
-        handler = _RowsMessenger(self.owner, rows, indices)
+        handler = RowsMessenger(self.owner, rows, indices)
         trace = poutine.trace(handler(poutine.replay(model, trace=given))).get_trace(*own_args, **own_kwargs)
         for name in self.fixed:
             if name in trace.nodes:
@@ -254,14 +258,22 @@ def _side_by_side(parts: list[tuple[Tensor, Rows]]) -> Tensor:
     dim = parts[0][1].dim
     values = []
     for value, rows in parts:
-        missing = -dim - value.dim()
-        value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
+        value = with_dims(value, -dim)
         shape = list(value.shape)
         shape[dim] = rows.count
         values.append(value.expand(shape).narrow(dim, 0, rows.count - rows.spare))
     shape = list(torch.broadcast_shapes(*(value.movedim(dim, -1).shape[:-1] for value in values)))
     together = torch.cat([value.movedim(dim, -1).expand(*shape, value.shape[dim]) for value in values], -1)
     return together.movedim(-1, dim) if dim != -1 else together
+
+
+def _given(guide_trace: Any, rows: Rows) -> Any:
+    """What a model takes from the guide, with a row for each."""
+    given = guide_trace.copy()
+    for name, node in guide_trace.nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node) and not node["is_observed"]:
+            given.nodes[name] = {**node, "value": _of_rows(node, rows)}
+    return given
 
 
 def _of_rows(node: Any, rows: Rows) -> Tensor:
@@ -291,67 +303,6 @@ def _content(cell: Any) -> int | None:
         return None
 
 
-class _RowsMessenger(Messenger):
-    """In a model: its plate has a row where the guide's has an example."""
-
-    def __init__(self, owner: str, rows: Rows, indices: Tensor | None) -> None:
-        super().__init__()
-        self.owner, self.rows = owner, rows
-        self.indices = torch.arange(rows.sizes[-1], device=rows.index.device) if indices is None else indices
-
-    def _pyro_sample(self, msg: Any) -> None:
-        plates = [frame.name for frame in msg["cond_indep_stack"]]
-        if msg["name"] in self.rows.sites and self.rows.frame.name not in plates:
-            raise ValueError(
-                f"{self.owner}, site '{msg['name']}': expected it in plate '{self.rows.frame.name}' in the model, as "
-                f"in the guide, got {plates}. Use one name, or mode='padded'."
-            )
-        if not is_subsample(msg["fn"]) or msg["name"] != self.rows.frame.name:
-            return
-        rows, given, asked = self.rows, msg["value"], msg["fn"].subsample_size
-        if asked is not None and asked != rows.count:
-            raise ValueError(
-                f"{self.owner}, plate '{msg['name']}': expected as many elements as there are rows, got "
-                f"subsample_size={asked}, a number that is not the data's. Use subsample_size=len(x), x an argument "
-                "with a row for each element, or one that gather= places."
-            )
-        if given is not None:
-            if len(given) != rows.count:  # indices that are no argument
-                msg["value"] = given[rows.example]
-        elif msg["fn"].size == rows.count:
-            msg["value"] = torch.arange(rows.count, device=self.indices.device)
-        else:
-            msg["value"] = self.indices[rows.example]
-
-    def _pyro_param(self, msg: Any) -> None:
-        inside = any(f.name == self.rows.frame.name for f in msg["cond_indep_stack"])
-        if inside and msg["kwargs"].get("event_dim") is not None and msg["name"] not in pyro.get_param_store():
-            raise ValueError(
-                f"{self.owner}, param '{msg['name']}': expected a parameter with an element for each of plate "
-                f"'{self.rows.frame.name}' before the first run on packed rows, whose number is another at each step, "
-                "got none. Run model and guide once before (poutine.trace), or make it outside of the model."
-            )
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        self._take_rows(msg)
-
-    def _pyro_post_subsample(self, msg: Any) -> None:
-        self._take_rows(msg)
-
-    def _take_rows(self, msg: Any) -> None:
-        """Of what has an element for each datum in this plate, before the plate takes its subsample."""
-        event_dim = msg["kwargs"].get("event_dim")
-        frames = [f for f in msg["cond_indep_stack"] if f.name == self.rows.frame.name and f.dim is not None]
-        if event_dim is None or not frames:
-            return
-        value, dim = msg["value"], frames[0].dim - event_dim
-        if value.dim() < -dim or value.shape[dim] == 1:
-            return
-        if value.shape[dim] != self.rows.count:
-            msg["value"] = value.index_select(dim, self.indices[self.rows.example].to(value.device))
-        msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
-
-
 def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
     """
     Raises if on packed rows the model has other log-probabilities than in ordinary runs, with one outcome for each
@@ -364,12 +315,8 @@ def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_tra
         again = dims_as_now()
 
         def ordinary(each: Rows) -> Any:
-            given = guide_trace.copy()
-            for name, node in guide_trace.nodes.items():
-                if node["type"] == "sample" and not site_is_subsample(node) and not node["is_observed"]:
-                    given.nodes[name] = {**node, "value": _of_rows(node, each)}
             again()
-            trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
+            trace = poutine.trace(poutine.replay(model, trace=_given(guide_trace, each))).get_trace(*args, **kwargs)
             trace.compute_log_prob()
             return trace.nodes
 

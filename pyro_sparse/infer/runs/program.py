@@ -17,7 +17,7 @@ from pyro_sparse.infer.expansion.messengers import ModelEnumMessenger, PlatesUnk
 from pyro_sparse.infer.expansion.rows import Rows, rows_of
 from pyro_sparse.infer.expansion.views import LinearLogProbs
 from pyro_sparse.infer.refusals import smooth_sites
-from pyro_sparse.infer.runs.explanations import Alone, Several, explained, explained_on_rows
+from pyro_sparse.infer.runs.explanations import Alone, Several, explained
 from pyro_sparse.infer.runs.on_rows import Compared, OnRows
 from pyro_sparse.infer.runs.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.runs.traces import Traces, compute_log_probs
@@ -96,20 +96,15 @@ class Program:
         sites = [name for name, node in guide_trace.nodes.items() if node["type"] == "sample"]
         model = ModelEnumMessenger(self.nesting, sites)(self.model)
         model = LinearLogProbs(messenger.relaxed)(model) if messenger.relaxed else model
-        if (on := self._on_rows(messenger)) is not None:
-            rows = rows_of("EstimatorELBO", guide_trace, messenger.packed)
-            if rows is not None:
-                with explained_on_rows(self.alone, rows.frame.name):
-                    on.check_once(model, self.args, self.kwargs, guide_trace, rows)
-                    model_trace, ran_on = on.run(model, self.args, self.kwargs, guide_trace, rows)
-                return model_trace, rows, ran_on
-        model = poutine.replay(model, trace=guide_trace)
-        return poutine.trace(model).get_trace(*self.args, **self.kwargs), None, None
+        on = self._on_rows(messenger)
+        rows = rows_of("EstimatorELBO", guide_trace, messenger.packed)
+        model_trace, ran_on = on.model_trace(model, self.alone, guide_trace, rows)
+        return model_trace, rows, ran_on
 
-    def _on_rows(self, messenger: EstimatorMessenger) -> OnRows | None:
-        """How the model is run on packed rows, if it is."""
+    def _on_rows(self, messenger: EstimatorMessenger) -> OnRows:
+        """How the model is run on packed rows, where there are any."""
         if not messenger.packed:
-            return None
+            return OnRows("EstimatorELBO", 0)
         options = {(e.chunk_rows, e.gather, e.check) for e in messenger.packed.values()}
         if len(options) > 1:
             raise ValueError(

@@ -85,8 +85,7 @@ def rewindable() -> Iterator[Callable[[], None]]:
     For a run that may have to be done again: gives what puts back the state of the generators of torch (CPU and GPUs),
     Python and numpy, and the buffers of the modules called until then.
     """
-    state = pyro.util.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    state = generators()
     kept: dict[nn.Module, dict[str, Any]] = {}
 
     def before_forward(module: nn.Module, args: Any) -> None:
@@ -96,8 +95,7 @@ def rewindable() -> Iterator[Callable[[], None]]:
                     kept[part] = {name: (x, x.clone()) for name, x in _filled(part).items()}
 
     def put_back() -> None:
-        pyro.util.set_rng_state(state)
-        torch.cuda.set_rng_state_all(cuda)  # nothing, where there is none
+        set_generators(state)
         with torch.no_grad():
             for module, own in kept.items():
                 for name, (x, value) in own.items():
@@ -111,15 +109,31 @@ def rewindable() -> Iterator[Callable[[], None]]:
         yield put_back
 
 
-def random_state() -> tuple[Any, ...]:
-    """The state of every generator that a program may draw from, to compare."""
-    state = pyro.util.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return *(x.numpy().tobytes() for x in [state["torch"], *cuda]), *random_state_of_python()
+Generators = tuple[Any, list[torch.Tensor]]
+
+
+def generators() -> Generators:
+    """The state of the generators of torch (CPU and GPUs), Python and numpy."""
+    return pyro.util.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def set_generators(state: Generators) -> None:
+    """Puts it back."""
+    pyro.util.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])  # nothing, where there is none
+
+
+def random_state(state: Generators | None = None) -> tuple[Any, ...]:
+    """That of every generator that a program may draw from (now, by default), to compare."""
+    own, cuda = generators() if state is None else state
+    return *(x.numpy().tobytes() for x in [own["torch"], *cuda]), *_of_python(own)
 
 
 def random_state_of_python() -> tuple[Any, ...]:
     """That of the generators that torch does not know: Python's and numpy's."""
-    state = pyro.util.get_rng_state()
+    return _of_python(pyro.util.get_rng_state())
+
+
+def _of_python(state: Any) -> tuple[Any, ...]:
     _, keys, *position = state["numpy"]
     return state["random"], keys.tobytes(), position
