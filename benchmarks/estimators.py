@@ -2,7 +2,7 @@
 What does a better gradient estimator cost, and what does it buy? Every estimator and baseline beside stock Pyro, on two
 VAEs of scikit-learn's digits: one categorical code of 10 outcomes, and 10 Bernoulli bits.
 
-    python benchmarks/estimators.py                    # variances, biases and times, both models: 7 minutes
+    python benchmarks/estimators.py                    # variances, biases and times, both models: 11 minutes
     python benchmarks/estimators.py --analytic-kl      # ours with the KL in closed form
     python benchmarks/estimators.py --only REBAR RELAX # the rows whose names begin so, beside Trace_ELBO
     python benchmarks/estimators.py --train            # 2000 steps of the bits with each of six estimators: 3 minutes
