@@ -9,6 +9,7 @@ import pyro_sparse.distributions.stock_wrappers
 import pyro_sparse.distributions.univariate.kl  # noqa: F401  (these register KL divergences, and forms of ours)
 from pyro_sparse.distributions.constraints import mixed_simplex, mixed_unit_interval
 from pyro_sparse.distributions.discrete.sparse_categorical import SparseCategorical
+from pyro_sparse.distributions.discrete.sparse_hmm import SparseHMM
 from pyro_sparse.distributions.discrete.sparse_one_hot import SparseOneHotCategorical
 from pyro_sparse.distributions.discrete.sparse_support import MaskedSparseDistribution, SparseDistribution
 from pyro_sparse.distributions.discrete.straight_through import BernoulliST, GumbelSoftmaxST, OneHotCategoricalST
@@ -33,6 +34,8 @@ __all__ = [
     # sparse: a projection of scores onto the simplex
     "SparseCategorical",
     "SparseOneHotCategorical",
+    # sums over paths of sparse chains
+    "SparseHMM",
     # mixed: atoms at 0 and 1, a density between them
     "HardConcrete",
     "HardKumaraswamy",
