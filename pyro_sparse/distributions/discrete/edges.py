@@ -46,7 +46,8 @@ class Edges(NamedTuple):
         Returns:
             Their sources and :math:`m_i + \log P_{ij}` (-inf for padding), both of shape ``(D, *M, C)``.
         """
-        number = torch.arange(int(self.degree.max()), device=nodes.device).reshape(-1, *(1,) * nodes.dim())
+        most = int(self.degree.max()) if len(self.degree) else 1
+        number = torch.arange(most, device=nodes.device).reshape(most, *(1,) * nodes.dim())
         edge = (self.first[nodes] + number).clamp_max(len(self.source) - 1)
         source = self.source[edge]
         scores = messages[source, torch.arange(nodes.shape[-1], device=nodes.device)] + self.logits[edge]

@@ -215,10 +215,10 @@ class SparseHMM(HiddenMarkovModel):
 
     def _states(self, x: Tensor, shape: Size) -> Tensor:
         """From ``(N, C)`` to ``shape + (S,)``."""
-        return x.reshape(-1, self.num_states, x.shape[-1]).permute(2, 0, 1).reshape((*shape, self.num_states))
+        return x.unflatten(0, (-1, self.num_states)).permute(2, 0, 1).reshape((*shape, self.num_states))
 
     def _log_marginals(self, messages: Tensor, shape: Size) -> Tensor:
-        groups = messages.reshape(-1, self.num_states, messages.shape[-1])
+        groups = messages.unflatten(0, (-1, self.num_states))
         total = _logsumexp(groups, 1).unsqueeze(1)
         return (groups - torch.where(total == -math.inf, 0.0, total)).reshape(messages.shape)
 
@@ -247,8 +247,8 @@ class SparseHMM(HiddenMarkovModel):
         groups, C = math.prod(shape[own:]), math.prod(shape[:own])
 
         def inward(x: Tensor) -> Tensor:
-            x = x.expand((*shape, *x.shape[-2:])).reshape(C, groups, -1, S)
-            return x.permute(2, 1, 3, 0).reshape(-1, groups * S, C)
+            x = x.expand((*shape, *x.shape[-2:])).reshape(C, groups, x.shape[-2], S)
+            return x.permute(2, 1, 3, 0).flatten(1, 2)
 
         probs = self.transition.probs.to(logits.dtype)
         probs = probs.reshape((1,) * (3 - probs.dim()) + probs.shape)
@@ -330,7 +330,7 @@ class SparseHMM(HiddenMarkovModel):
         self, chains: _Chains, shape: Size, sample_shape: Size, choose: Callable[[Tensor, Size], Tensor]
     ) -> Tensor:
         S, last = self.num_states, chains.messages[-1]
-        groups = last.reshape(-1, S, last.shape[-1]).movedim(1, -1)  # (G, C, S)
+        groups = last.unflatten(0, (-1, S)).movedim(1, -1)  # (G, C, S)
         offset = S * torch.arange(len(groups), device=last.device).unsqueeze(-1)
         nodes = offset + choose(groups, sample_shape)  # sample_shape + (G, C)
         path = [nodes]
@@ -392,4 +392,4 @@ def _broadcast(
             f"SparseHMM: expected shapes that broadcast to batch_shape + (T, {S}), initial_logits and lengths without "
             f"the time, got {got}. One transition matrix for each of B chains has batch shape (B, 1, {S})."
         ) from None
-    return shape or Size((1,))
+    return shape

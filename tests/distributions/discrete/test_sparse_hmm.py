@@ -479,3 +479,27 @@ def test_bad_input(name: str) -> None:
     make, error, message = BAD[name]
     with pytest.raises(error, match=r"SparseHMM.*" + message):
         make()
+
+
+@pytest.mark.parametrize("transition", ["", "batch"])
+def test_no_chains(transition: str) -> None:
+    # torch's own check of values knows no empty batch.
+    d = sparse(parts(3, (0,), transition=transition), duration=4, validate_args=False).expand((0,))
+    value = torch.zeros(0, 4)
+    assert d.log_prob(value).shape == d.posterior_entropy(value).shape == (0,)
+    assert d.smooth(value).probs.shape == (0, 4, 3)
+    assert d.viterbi(value).shape == d.sample_posterior(value).shape == d.sample().shape == (0, 4)
+
+
+def test_masked_and_nested() -> None:
+    torch.manual_seed(14)
+    d = sparse({name: x.detach() for name, x in parts(3, (2, 5), observation="batch").items()})
+    value = torch.randn(2, 5, 4)
+    total = d.log_prob(value)
+    mask = torch.tensor([True, False, True, True, False])
+    torch.testing.assert_close(d.mask(mask).log_prob(value), torch.where(mask, total, 0.0), **CLOSE)
+    torch.testing.assert_close(d.to_event(1).log_prob(value), total.sum(-1), **CLOSE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.compile's own
+        compiled = torch.compile(d.log_prob, backend="eager")(value)
+    torch.testing.assert_close(compiled, total, **CLOSE)
