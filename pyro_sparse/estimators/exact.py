@@ -80,7 +80,7 @@ def check_expansion(
         raise ValueError(f"{owner}: expected chunk_rows with mode='packed', got it with {mode!r}. Leave it out.")
     if gather is not None and mode not in ("packed", "auto"):
         raise ValueError(f"{owner}: expected gather with mode='packed' or 'auto', got it with {mode!r}. Leave it out.")
-    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+    if chunk_rows is not None and (type(chunk_rows) is not int or chunk_rows < 1):
         raise ValueError(f"{owner}: expected chunk_rows of at least 1, got {chunk_rows!r}. Give a number of rows.")
     if gather is not None and not callable(gather):
         raise TypeError(f"{owner}.gather: expected a function (index, *args, **kwargs), got {gather!r}. Give one.")

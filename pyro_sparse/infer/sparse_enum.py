@@ -79,10 +79,12 @@ class SparseEnumELBO(TraceEnum_ELBO):
         chunk_rows: in mode ``"packed"``: the model runs on so many rows at a time, and again in the backward pass, so
             that memory is that of one part. With 1 it may branch in Python on the value. What the model reads, weights
             and data, must stay as it is until then.
-        gather: places arguments that the rule does not: ``gather(index, *args, **kwargs)`` gives ``(args, kwargs)``
-            for the model, with a row for each of the examples ``index``, ``(N,)``.
+        gather: in modes ``"packed"`` and ``"auto"``: places arguments that the rule does not, such as lists of one
+            entry per example: ``gather(index, *args, **kwargs)`` gives ``(args, kwargs)`` for the model, with a row for
+            each of the examples ``index``, ``(N,)``. For a model of ``(lengths, images)``, images in dim 1:
+            ``lambda index, lengths, images: ((lengths[index], images[:, index]), {})``.
         check: in mode ``"packed"``: whether rows are compared with ordinary runs under Pyro's validation, the first
-            time that arguments have these sizes and modules are in these modes.
+            time that arguments have these sizes, booleans and strings, and modules are in these modes.
         kwargs: every keyword of :class:`pyro.infer.ELBO`, except ``jit_options``: a traced program would freeze the
             support of its first batch.
 

@@ -16,6 +16,7 @@ from torch.distributions import Independent
 from pyro_sparse.distributions import MixedDistribution
 from pyro_sparse.testing import derivatives
 from pyro_sparse.testing import mixed_distributions as mixed
+from pyro_sparse.testing import sparse_distributions as sparse
 from pyro_sparse.testing import stock_forms as stock
 from pyro_sparse.testing.own_draws import in_half, law_in_half, own_draws
 from pyro_sparse.testing.properties import leaves, offered, require, same
@@ -46,7 +47,8 @@ def check_distribution(d: TorchDistributionMixin, *, draws: int = 10_000) -> Non
                               constructor, with ``has_rsample_`` before and after; TransformedDistribution is right or
                               refused
     has_sparse_support        values are distinct and hold exactly the :math:`z` with :math:`p(z) > 0`, then padding
-                              with log-probability -inf; unions; support_size; num_outcomes; to_dense; mask keeps it
+                              with log-probability -inf; unions; support_size; num_outcomes; to_dense; mask keeps it;
+                              support_rows has one row for each, in the order of the elements
     ========================= =========================================================================================
 
     What a family does not have is skipped: an optional method that raises NotImplementedError, a mean or variance
@@ -113,7 +115,9 @@ def _checks_for(d: TorchDistributionMixin) -> Iterator[Check]:
     if d.has_enumerate_support and not isinstance(d, Independent):
         yield from (_enumerate_support, _sums_over_outcomes)
         if getattr(d, "has_sparse_support", False):
-            yield from (_sparse_support, _unions, _sparse_family)
+            yield from (sparse.sparse_support, sparse.unions, sparse.sparse_family)
+    if getattr(d, "has_sparse_support", False):
+        yield sparse.support_rows
 
 
 def _run(check: Check, d: TorchDistributionMixin, who: str) -> None:
@@ -139,15 +143,6 @@ def _facts(d: TorchDistributionMixin, value: Tensor) -> dict[str, Tensor]:
     if getattr(d, "has_sparse_support", False):
         facts["support_size"] = lambda: d.support_size
     return {name: fact for name, method in facts.items() if (fact := offered(method)) is not None}
-
-
-def _log_probs(d: TorchDistributionMixin) -> tuple[Tensor, Tensor]:
-    """All n outcomes, shape ``(n, *batch, *event)``, and their log-probabilities, shape ``(n, *batch)``."""
-    values = d.enumerate_support()
-    return values, d.log_prob(values)
-
-
-# Every distribution.
 
 
 def _repr(d: TorchDistributionMixin) -> None:
@@ -282,7 +277,7 @@ def _dtypes(d: TorchDistributionMixin) -> None:
 
 def _gradients(d: TorchDistributionMixin) -> None:
     if d.has_enumerate_support and not isinstance(d, Independent):
-        results = {"log_prob over all outcomes": _log_probs(d)[1]}
+        results = {"log_prob over all outcomes": sparse.log_probs_of(d)[1]}
     else:
         results = {"log_prob of samples": d.log_prob(d.sample(Size((5,))))}
     if (entropy := offered(lambda: d.entropy())) is not None:
@@ -316,7 +311,7 @@ def _enumerate_support(d: TorchDistributionMixin) -> None:
 
 
 def _sums_over_outcomes(d: TorchDistributionMixin) -> None:
-    values, log_probs = _log_probs(d)
+    values, log_probs = sparse.log_probs_of(d)
     probs = log_probs.exp()
     same("sum of probabilities over enumerate_support()", probs.sum(0), torch.ones_like(probs[0]))
     facts = _facts(d, values[0])
@@ -331,61 +326,3 @@ def _sums_over_outcomes(d: TorchDistributionMixin) -> None:
     for name, moment in moments.items():
         if name in facts and not facts[name].isnan().all():
             same(name, facts[name], moment)
-
-
-# Distributions that know which outcomes have probability zero.
-
-
-def _covered(d: TorchDistributionMixin, values: Tensor, name: str) -> Tensor:
-    """Which outcomes are among the values of each row, shape ``(n, *batch)``; each value must be one, at most once."""
-    dense, values = d.enumerate_support().unsqueeze(1), values.expand(len(values), *d.batch_shape, *d.event_shape)
-    equal = dense == values
-    match = equal.flatten(equal.dim() - len(d.event_shape)).all(-1) if d.event_shape else equal
-    require((match.sum(0) == 1).all(), name, "outcomes of enumerate_support()", values)
-    require((match.sum(1) <= 1).all(), name, "each outcome at most once", values)
-    return match.any(1)
-
-
-def _sparse_support(d: TorchDistributionMixin) -> None:
-    values, log_probs = d.sparse_support()
-    positive = _log_probs(d)[1].exp() > 0
-    size = positive.sum(0)
-    same("support_size", d.support_size, size)
-    expected = (int(size.max()), *d.batch_shape, *d.event_shape)
-    require(values.shape == expected, "shape of the values of sparse_support()", expected, tuple(values.shape))
-    covered = _covered(d, values, "sparse_support()")
-    require((covered | ~positive).all(), "sparse_support()", "all outcomes with positive probability", values)
-    same("log_probs of sparse_support()", log_probs, d.log_prob(values))
-    padding = log_probs.exp() == 0
-    same("number of paddings in sparse_support()", padding.sum(0), len(values) - size)
-    require((log_probs[padding] == -torch.inf).all(), "log_probs of padding in sparse_support()", "-inf", log_probs)
-
-    narrow, narrow_log_probs = d.sparse_support(expand=False)
-    same("values of sparse_support(expand=False), expanded", narrow.expand(values.shape), values)
-    same("log_probs of sparse_support(expand=False), expanded", narrow_log_probs.expand(log_probs.shape), log_probs)
-
-
-def _unions(d: TorchDistributionMixin) -> None:
-    positive = _log_probs(d)[1].exp() > 0
-    dims = range(-len(d.batch_shape), 0)
-    for union_dims in {(), *((dim,) for dim in dims), tuple(dims)}:
-        name = f"support_values({union_dims})"
-        values = d.support_values(union_dims)
-        used = positive.any(union_dims, keepdim=True) if union_dims else positive
-        require(len(values) == used.sum(0).max(), f"number of {name}", int(used.sum(0).max()), len(values))
-        batch = values.shape[1 : values.dim() - len(d.event_shape)]
-        shared = len(batch) == len(dims) and all(batch[dim] == 1 for dim in union_dims)
-        require(shared, f"batch shape of {name}", "size one at these dims", tuple(batch))
-        covered = _covered(d, values, name)
-        require((covered | ~positive).all(), name, "all outcomes with positive probability", values)
-
-
-def _sparse_family(d: TorchDistributionMixin) -> None:
-    values, log_probs = _log_probs(d)
-    require(d.num_outcomes == len(values), "num_outcomes", len(values), d.num_outcomes)
-    same("log_prob of to_dense()", d.to_dense().log_prob(values), log_probs)
-    masked = d.mask(torch.zeros(d.batch_shape, dtype=torch.bool, device=values.device))
-    require(getattr(masked, "has_sparse_support", False), "has_sparse_support after mask", True, False)
-    same("support_size after mask", masked.support_size, d.support_size)
-    for got, expected in zip(masked.sparse_support(), d.sparse_support(), strict=True):
-        same("sparse_support() after mask", got, expected)

@@ -646,9 +646,11 @@ def test_rows_that_see_each_other() -> None:
             pyro.sample("style", dist.Normal(vae.style, 0.3))
             pyro.sample("z", sdist.SparseCategorical(vae.scores))
 
-    with pytest.raises(ValueError, match=r"plate 'data': .*rows do not see each other.*at \['x'\].*gather="):
+    with pytest.raises(
+        ValueError, match=r"plate 'data': .*the same on packed rows as on the batch.*at \['x'\].*gather="
+    ):
         SparseEnumELBO("packed").loss_and_grads(model, guide, vae.images)
-    with pytest.raises(ValueError, match=r"plate 'data': .*rows do not see each other"):
+    with pytest.raises(ValueError, match=r"plate 'data': .*the same on packed rows as on the batch"):
         EstimatorELBO({"z": Exact("packed")}).loss_and_grads(model, guide, vae.images)
     SparseEnumELBO("packed", check=False).loss_and_grads(model, guide, vae.images)
 
@@ -670,7 +672,7 @@ def test_a_table_as_long_as_the_batch_is_no_row_of_it() -> None:
         return (images[index], table), {}
 
     arguments = vae.images, table("outcomes", K, 2)
-    with pytest.raises(ValueError, match=r"other log-probabilities at \['x'\] on packed rows.*gather="):
+    with pytest.raises(ValueError, match=r"other log-probabilities at \['x'\].*args\[1\] of shape \(4, 2\).*gather="):
         SparseEnumELBO("packed", max_plate_nesting=1).loss_and_grads(model, guide, *arguments)
     elbo = SparseEnumELBO("packed", gather=gather, max_plate_nesting=1)
     assert_dense(vae, elbo, *arguments, model=model, guide=guide)
@@ -800,6 +802,7 @@ def test_programs_without_rows(program: Program, message: str) -> None:
         ({"mode": "rows"}, ValueError, "expected mode in"),
         ({"mode": "packed", "chunk_rows": 0}, ValueError, "expected chunk_rows of at least 1, got 0"),
         ({"mode": "packed", "chunk_rows": 2.5}, ValueError, "expected chunk_rows of at least 1, got 2.5"),
+        ({"mode": "packed", "chunk_rows": True}, ValueError, "expected chunk_rows of at least 1, got True"),
         ({"mode": "padded", "chunk_rows": 2}, ValueError, "expected chunk_rows with mode='packed'"),
         ({"mode": "union", "gather": print}, ValueError, "expected gather with mode='packed' or 'auto'"),
         ({"mode": "packed", "gather": 3}, TypeError, "gather: expected a function"),
@@ -865,7 +868,7 @@ def test_supports_that_widen_do_not_hide_rows_that_see_each_other(mode: str) -> 
     sees_others = simple(lambda x, z: normal(x, z + x.mean()), scores_of(1, 1, 1, 1, 1))
     elbo = SparseEnumELBO(mode, max_plate_nesting=1)
     if mode == "packed":
-        with pytest.raises(ValueError, match="rows do not see each other"):
+        with pytest.raises(ValueError, match="the same on packed rows as on the batch"):
             elbo.loss(*sees_others, table("x", 5))
         return
     for sizes in ((1, 1, 1, 1, 1), (1, 4, 1, 1, 2)):
@@ -880,10 +883,39 @@ def test_a_later_batch_as_long_as_a_table(mode: str) -> None:
     same_as_dense(program, elbo, table("x", 5), locs)
     last = table("x", 5)[:K]  # B equals K
     if mode == "packed":
-        with pytest.raises(ValueError, match="rows do not see each other"):
+        with pytest.raises(ValueError, match="the same on packed rows as on the batch"):
             elbo.loss(*program, last, locs)
     else:
         same_as_dense(program, elbo, last, locs)
+
+
+def test_a_switch_that_is_turned_later() -> None:
+    program = simple(lambda x, z, seen: normal(x, z + x.mean() * seen), scores_of(1, 4, 2, 3, 1))
+    elbo = SparseEnumELBO("packed", max_plate_nesting=1)
+    elbo.loss(*program, table("x", 5), False)
+    with pytest.raises(ValueError, match=r"args\[0\] of shape \(5,\) got a row for each"):
+        elbo.loss(*program, table("x", 5), True)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("estimator", [False, True])
+def test_a_model_that_branches_is_told_of_single_rows(chunk: int | None, estimator: bool) -> None:
+    """By trying it on one; what raises there, too, is raised as it is."""
+    program = simple(lambda x, z: normal(x, torch.zeros(()) if z > 1 else z), scores_of(1, 4, 2, 3, 1))
+    broken = simple(lambda x, z: normal(x, torch.zeros(2)[int(z) + 9]), scores_of(1, 4, 2, 3, 1))
+
+    def elbo(chunk_rows: int | None) -> ELBO:
+        if estimator:
+            return EstimatorELBO({"z": Exact("packed", chunk_rows=chunk_rows)}, max_plate_nesting=1)
+        return SparseEnumELBO("packed", chunk_rows=chunk_rows, max_plate_nesting=1)
+
+    with pytest.raises(ValueError, match=r"plate 'data': .* a single one only .*Use chunk_rows=1") as error:
+        elbo(chunk).loss(*program, table("x", 5))
+    assert isinstance(error.value.__cause__, RuntimeError)
+    assert elbo(1).loss(*program, table("x", 5)) > 0
+    with pytest.raises(ValueError, match="only one element tensors") as raised:  # torch's own
+        elbo(chunk).loss(*broken, table("x", 5))
+    assert "chunk_rows" not in str(raised.value)
 
 
 def test_a_module_that_trains_later() -> None:
@@ -892,7 +924,7 @@ def test_a_module_that_trains_later() -> None:
     elbo = SparseEnumELBO("packed", max_plate_nesting=1)
     elbo.loss(*program, table("x", 5))
     norm.train()
-    with pytest.raises(ValueError, match="rows do not see each other"):
+    with pytest.raises(ValueError, match="the same on packed rows as on the batch"):
         elbo.loss(*program, table("x", 5))
 
 

@@ -257,6 +257,18 @@ class SupportSizeCountsAll(Sparse):
         return torch.full(self.batch_shape, self.num_outcomes)
 
 
+class RowsAreOthers(Sparse):
+    def support_rows(self) -> Any:
+        index, values, log_probs = super().support_rows()
+        return index, values, 3 * log_probs
+
+
+class RowsMissOne(Sparse):
+    def support_rows(self) -> Any:
+        index, values, log_probs = super().support_rows()
+        return tuple(i[1:] for i in index), values[1:], log_probs[1:]
+
+
 class DenseIsUniform(Sparse):
     def to_dense(self) -> Any:
         return dist.Categorical(torch.ones_like(self.probs))
@@ -332,6 +344,8 @@ class Crashes(Sparse):
         (UnionIgnoresOtherRows, r"support_values\(\(-1,\)\): expected"),
         (PaddingHasFiniteLogProb, r"log_probs of sparse_support\(\): expected"),
         (SupportSizeCountsAll, "support_size: expected"),
+        (RowsAreOthers, r"log_probs of support_rows\(\): expected"),
+        (RowsMissOne, r"rows of each element in support_rows\(\): expected"),
         (DenseIsUniform, r"log_prob of to_dense\(\): expected"),
         (StockMask, "has_sparse_support after mask: expected True"),
         (MaskIsIgnored, "log_prob after mask: expected"),

@@ -28,12 +28,18 @@ class SparseDistribution(TorchDistribution):
         """K, the number of outcomes of :meth:`enumerate_support`; None where they cannot be listed."""
         if not self.has_enumerate_support:
             return None
-        raise NotImplementedError
+        raise self._missing("num_outcomes")
+
+    def _missing(self, name: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__}.{name}: expected a family that implements it, got one that does not. A "
+            "SparseDistribution needs support_values, support_size and, where it lists its outcomes, num_outcomes."
+        )
 
     @property
     def support_size(self) -> Tensor:
         """The number of outcomes with positive probability; integer, shape ``batch_shape``."""
-        raise NotImplementedError
+        raise self._missing("support_size")
 
     def support_values(self, union_dims: Sequence[int] = ()) -> Tensor:
         r"""
@@ -48,7 +54,7 @@ class SparseDistribution(TorchDistribution):
             dims where values do not vary. Reads S from the device: one host synchronisation, which no layout of
             variable size can avoid.
         """
-        raise NotImplementedError
+        raise self._missing("support_values")
 
     def sparse_support(self, expand: bool = True) -> tuple[Tensor, Tensor]:
         r"""
@@ -67,7 +73,8 @@ class SparseDistribution(TorchDistribution):
 
     def support_rows(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         r"""
-        The support without padding: one row for each element of the batch and outcome of positive probability.
+        The support without padding: one row for each element of the batch and outcome of positive probability. (The
+        ELBOs make their rows of :meth:`support_values`, which is what a family implements.)
 
         Returns:
             ``index``, for each batch dim the element that each of the N rows belongs to, ``(N,)``; ``values``,

@@ -188,12 +188,16 @@ def _active(nodes: list[Any], slots: tuple[int, ...], dim: int, size: int) -> tu
 _TAKEN = (torch.strided, torch.sparse_coo)  # of other layouts torch takes no rows
 
 
+def has_rows(leaf: Any, size: int) -> bool:
+    """Whether an argument is taken to have a row for each element of a plate of this size."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size and leaf.layout in _TAKEN
+
+
 def place(index: Tensor, size: int, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """The rows' own parts of arguments: of each tensor whose leading dim has the plate's size."""
 
     def of(leaf: Any) -> Any:
-        rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size and leaf.layout in _TAKEN
-        return leaf.index_select(0, index.to(leaf.device)) if rows else leaf
+        return leaf.index_select(0, index.to(leaf.device)) if has_rows(leaf, size) else leaf
 
     placed: tuple[Any, Any] = torch.utils._pytree.tree_map(of, (args, dict(kwargs)))
     return placed

@@ -184,14 +184,25 @@ def explained(
 
 
 @contextmanager
-def explained_on_rows(alone: Alone, plate: str) -> Iterator[None]:
-    """Raises in place of an error of a model on packed rows what they have to do with it, if it runs without them."""
+def explained_on_rows(alone: Alone, plate: str, runs_on_one: Callable[[], bool]) -> Iterator[None]:
+    """
+    Raises in place of an error of a model on packed rows what they have to do with it, if it runs without them, or if
+    it runs on one of them, as ``runs_on_one`` finds out.
+    """
     try:
         yield
     except Exception as error:  # whatever it is: it is explained, or raised
-        if _is_ours(error) or not alone.runs():
+        if _is_ours(error):
             raise
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        if not alone.runs():
+            if not runs_on_one():
+                raise
+            raise ValueError(
+                f"{alone.owner}, plate '{plate}': expected a model that runs on several rows at once, got one that "
+                f"runs on a single one only ({first_line}). Use chunk_rows=1, where it may branch in Python on a "
+                "value; or torch.where in place of the branch."
+            ) from error
         raise ValueError(
             f"{alone.owner}, plate '{plate}': expected a model that runs on packed rows, got one that raises on them "
             f"({first_line}). {ON_ROWS}"

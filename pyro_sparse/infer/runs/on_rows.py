@@ -17,11 +17,11 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves
 
 from pyro_sparse.estimators.exact import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
-from pyro_sparse.infer.expansion.rows import Rows, joined, place, with_dims
+from pyro_sparse.infer.expansion.rows import Rows, has_rows, joined, place, with_dims
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, handlers_around, is_subsample
 from pyro_sparse.infer.runs.again import made_again
@@ -37,7 +37,10 @@ _OF_A_RUN = ("log_prob", "log_prob_sum", "unscaled_log_prob", "packed")
 
 
 class Compared(dict[Any, Any]):
-    """By plate, sizes of arguments and program: the modules that a comparison called, as they were. Not pickled."""
+    """
+    By plate, sizes and switches of arguments, and program: the modules that a comparison called, as they were. Not
+    pickled.
+    """
 
     def __reduce__(self) -> Any:
         return Compared, ()
@@ -71,7 +74,11 @@ class OnRows:
         args, kwargs = alone.args, alone.kwargs
         if rows is None:
             return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), None
-        with explained_on_rows(alone, rows.frame.name):
+
+        def runs_on_one() -> bool:
+            return self.chunk_rows != 1 and self._runs_on_one(model, args, kwargs, guide_trace, rows)
+
+        with explained_on_rows(alone, rows.frame.name, runs_on_one):
             self.check_once(model, args, kwargs, guide_trace, rows)
             return self.run(model, args, kwargs, guide_trace, rows)
 
@@ -96,7 +103,8 @@ class OnRows:
                 return [site.log_prob for site in found]
 
             log_probs = run() if self.chunk_rows is None else made_again(run)
-            ran_on += max((log_prob.numel() for log_prob in log_probs), default=0)
+            in_rows = [x.numel() for site, x in zip(scored, log_probs, strict=True) if site and site.in_rows]
+            ran_on += max(in_rows, default=0)
             for site, log_prob in zip(scored, log_probs, strict=True):
                 assert site is not None
                 kept = sites.setdefault(site.node["name"], [])
@@ -107,6 +115,15 @@ class OnRows:
         for name, parts in sites.items():
             result.add_node(name, **_in_slots(self.owner, parts, guide_trace, self.nesting))
         return result, ran_on
+
+    def _runs_on_one(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> bool:
+        indices = guide_trace.nodes[rows.frame.name]["value"] if rows.frame.name in guide_trace.nodes else None
+        try:
+            with undisturbed(), poutine.block():
+                self._scores(model, args, kwargs, guide_trace, next(iter(rows.parts(1))), indices)
+        except Exception:  # whatever it is: the error that is to be explained stays
+            return False
+        return True
 
     def check_once(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
         """Under validation, raises if at the first run of such arguments the rows are not what ordinary runs have."""
@@ -122,8 +139,8 @@ class OnRows:
         return True
 
     def _compare(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
-        leaves = [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in tree_leaves((args, kwargs))]
-        key = rows.frame.name, rows.sizes[-1], tuple(leaves), _origin(model)
+        leaves, spec = tree_flatten((args, dict(kwargs)))
+        key = rows.frame.name, rows.sizes[-1], repr(spec), tuple(map(_kind, leaves)), _origin(model)
         trained = self.compared.get(key)
         if trained is not None and all(module.training == training for module, training in trained.items()):
             return
@@ -285,6 +302,13 @@ def _of_rows(node: Any, rows: Rows) -> Tensor:
     return rows.gather(value, event_dim) if inside or varies else value
 
 
+def _kind(x: Any) -> Any:
+    """What of an argument a comparison is good for: a size; a switch as it is; no number, which may be a step's."""
+    if isinstance(x, Tensor):
+        return tuple(x.shape)
+    return (type(x), x) if isinstance(x, bool | str | None) else type(x)
+
+
 def _origin(model: Any) -> Any:
     """What tells one program from another, also where each call is given a new function of the same code."""
     fn = poutine.unwrap(model)
@@ -301,6 +325,19 @@ def _content(cell: Any) -> int | None:
         return id(cell.cell_contents)
     except ValueError:  # a name that is not given yet
         return None
+
+
+def _placed(on: OnRows, rows: Rows, args: Any, kwargs: Any) -> str:
+    """What was given a row for each, in words."""
+    if on.gather is not None:
+        return "The rows' arguments are what gather= returned"
+    found = [
+        f"{name}{keystr(path)} of shape {tuple(leaf.shape)}"
+        for name, given in (("args", args), ("kwargs", dict(kwargs)))
+        for path, leaf in tree_flatten_with_path(given)[0]
+        if has_rows(leaf, rows.sizes[-1])
+    ]
+    return f"By their leading sizes {' and '.join(found) or 'no arguments'} got a row for each"
 
 
 def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
@@ -340,7 +377,8 @@ def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_tra
         again()
     if differing:
         raise ValueError(
-            f"{on.owner}, plate '{rows.frame.name}': expected a model whose rows do not see each other, got other "
-            f"log-probabilities at {sorted(differing)} on packed rows than on the batch. {ON_ROWS} (This is checked "
-            "once, under validation; check=False leaves it out.)"
+            f"{on.owner}, plate '{rows.frame.name}': expected a model that is the same on packed rows as on the batch, "
+            f"got other log-probabilities at {sorted(differing)}. {_placed(on, rows, args, kwargs)}, and no row may "
+            f"see another or how many there are. {ON_ROWS} (This is checked at the first run of arguments of these "
+            "sizes and switches, under validation; check=False leaves it out.)"
         )
