@@ -210,8 +210,9 @@ def explained_on_rows(alone: Alone, plate: str, runs_on_one: Callable[[], bool])
 
 
 ON_ROWS = (
-    "Pass the data as arguments with a row for each element of the plate, or take them by its indices; take the size "
-    "of the plate from them (len(x)), and nothing else; place other arguments by gather=; or use mode='padded'."
+    "Pass all data as arguments with a row for each element of the plate, and take its size from them (len(x)) and "
+    "nothing else; or give the plate a constant size, and take them by its indices (which number rows where its size "
+    "does); place other arguments by gather=; or use mode='padded'."
 )
 
 
