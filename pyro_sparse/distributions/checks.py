@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,15 @@ def checked(owner: str, name: str, value: Tensor | float, ok: Tensor | bool, exp
     if not (ok if isinstance(ok, bool) else is_true(ok)):
         got = value if not isinstance(value, Tensor) else _example(value.detach(), ok)
         raise ValueError(f"{owner}.{name}: expected {expected}, got {got}. {fix}")
+
+
+def refuse_logits(owner: str, given: Collection[str]) -> None:
+    """Raises where Pyro rebuilds, by logits of its outcomes, a distribution that is not made of those."""
+    if "logits" in given:
+        raise TypeError(
+            f"{owner}: expected its own parameters, got logits, by which Pyro's compute_marginals and sample_posterior "
+            "make distributions. Use those of SparseEnumELBO."
+        )
 
 
 def check_finite(owner: str, name: str, value: Tensor) -> None:

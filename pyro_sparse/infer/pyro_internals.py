@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
+from pyro.infer.discrete import _sample_posterior_from_trace
 from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal, _get_common_scale
 from pyro.infer.util import Dice
 from pyro.poutine.block_messenger import BlockMessenger
@@ -56,6 +57,12 @@ def dims_as_now() -> Callable[[], None]:
     return put_back
 
 
+def global_ids(dim: int) -> set[int]:
+    """Who has an enumeration dim outside of all ``pyro.markov``: nobody, or one. Only the allocator knows."""
+    ids = _ENUM_ALLOCATOR.dim_to_id
+    return {ids[dim]} if dim in ids else set()
+
+
 def handlers_around() -> list[str]:
     """
     The effect handlers that are active now, but for those that only look, as SVI's own does. There is no public way to
@@ -92,6 +99,13 @@ def check_local_sampling(model_trace: Any, guide_trace: Any) -> None:
 def common_scale(scales: list[Any]) -> Any:
     """The scale of factors that are summed out together; raises as ``TraceEnum_ELBO`` does where they differ."""
     return _get_common_scale(scales)
+
+
+def sample_posterior_from_trace(
+    fn: Any, enum_trace: Any, temperature: int, strict: bool, *args: Any, **kwargs: Any
+) -> Any:
+    """What ``pyro.infer.infer_discrete`` does with the trace of its enumerating run, which it makes itself."""
+    return _sample_posterior_from_trace(fn, enum_trace, temperature, strict, *args, **kwargs)
 
 
 # The param store. Its public mapping gives constrained values, and makes a new one at each read.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,13 +16,12 @@ from pyro.distributions.util import is_identically_zero
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_validation_enabled, torch_item
-from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.estimators import exact
 from pyro_sparse.estimators.exact import Gather, check_expansion
+from pyro_sparse.infer.discrete import marginals, posterior_run
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.choice import Choice
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
@@ -39,6 +38,7 @@ from pyro_sparse.infer.runs.ordinary import guess_nesting
 from pyro_sparse.infer.runs.sequential import sequential_runs
 from pyro_sparse.infer.runs.together import evaluated
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
+from pyro_sparse.infer.runs.window import require_window
 from pyro_sparse.infer.terms.factors import as_costs
 from pyro_sparse.infer.terms.masked import MaskedRows
 
@@ -139,9 +139,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(f"SparseEnumELBO: expected an eager run, got one under torch.jit.trace. {_NO_JIT}")
         refuse_guide_messenger("SparseEnumELBO", guide)
-        if self.max_plate_nesting == float("inf"):
-            with buffers_as_they_were():
-                guess_nesting(self, model, guide, args, kwargs, on_rows=self.mode == "packed")
+        self._guess_nesting(model, guide, args, kwargs)
         alone = Alone(model, guide, args, kwargs, "SparseEnumELBO")
         guide = as_costs(guide, args, kwargs)
         if self.vectorize_particles:
@@ -152,6 +150,11 @@ class SparseEnumELBO(TraceEnum_ELBO):
             yield from self._enumerate(layout, record, model, guide, alone)
         if self._choice.uncounted:
             self._choice.ratios.update(self._count_work(model, guide, alone))
+
+    def _guess_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        if self.max_plate_nesting == float("inf"):
+            with buffers_as_they_were():
+                guess_nesting(self, model, guide, args, kwargs, on_rows=self.mode == "packed")
 
     def _layout(self, model: Callable[..., Any], guide: Callable[..., Any], alone: Alone) -> layouts.Layout:
         if self.mode != "auto":
@@ -198,6 +201,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
         """Raises, at the first run on several values, if the program mixes them."""
         several = self._several(*messengers)
         if is_validation_enabled() and not self._compared and several is not None and self.mode != "packed":
+            if any(messenger.in_markov for messenger in messengers):
+                require_window(alone, several.slots)
             require_row_by_row(alone, several)
             self._compared = True
 
@@ -315,27 +320,34 @@ class SparseEnumELBO(TraceEnum_ELBO):
             if not is_identically_zero(elbo):
                 yield elbo, any(node["type"] == "param" for trace in traces for node in trace.nodes.values())
 
-    def compute_marginals(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`pyro.infer.TraceEnum_ELBO.compute_marginals`, over all K outcomes of a sparse prior."""
-        return super(SparseEnumELBO, self._quiet()).compute_marginals(_DensePriors()(model), guide, *args, **kwargs)
+    def compute_marginals(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> OrderedDict[str, Any]:
+        """
+        As :meth:`pyro.infer.TraceEnum_ELBO.compute_marginals`, over all K outcomes, given one draw from the guide. Of a
+        family that is not made of logits, such as ``GibbsFaces``, a ``Categorical`` over the rows of its
+        ``enumerate_support()``.
+        """
+        refuse_guide_messenger("SparseEnumELBO", guide)
+        self._guess_nesting(model, guide, args, kwargs)
+        options = {"num_particles": self.num_particles, "max_plate_nesting": self.max_plate_nesting}
+        return marginals("SparseEnumELBO", model, guide, args, kwargs, **options)
 
     def sample_posterior(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`pyro.infer.TraceEnum_ELBO.sample_posterior`, over all K outcomes of a sparse prior."""
-        return super(SparseEnumELBO, self._quiet()).sample_posterior(_DensePriors()(model), guide, *args, **kwargs)
-
-    def _quiet(self) -> SparseEnumELBO:
-        """A copy for a run that has no sparse site on purpose."""
-        quiet = copy.copy(self)
-        quiet.strict_enumeration_warning, quiet._compared = False, True
-        return quiet
-
-
-class _DensePriors(Messenger):
-    """Puts the stock distribution with the same probabilities at each unobserved site with a sparse support."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], SparseDistribution) and not msg["is_observed"]:
-            msg["fn"] = msg["fn"].to_dense()
+        """
+        As :meth:`pyro.infer.TraceEnum_ELBO.sample_posterior`, over all K outcomes: what the model returns, with the
+        guide's sites at a draw from the guide, and its own enumerated ones from the posterior given those.
+        """
+        refuse_guide_messenger("SparseEnumELBO", guide)
+        if self.num_particles != 1:
+            raise NotImplementedError(
+                f"SparseEnumELBO.sample_posterior: expected num_particles=1, got {self.num_particles}. Call it again."
+            )
+        self._guess_nesting(model, guide, args, kwargs)
+        with poutine.block():
+            drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        given = poutine.replay(model, trace=drawn)
+        return posterior_run(given, -1 - int(self.max_plate_nesting), 1, False, *args, **kwargs)
 
 
 def _refuse_zero_prior(sites: Iterable[str], model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:

@@ -189,7 +189,7 @@ def test_predictive_draws_from_model_and_guide(family: Any) -> None:
         assert torch.equal(values.reshape(7, B), torch.arange(B).expand(7, B))
 
 
-# (Pyro's infer_discrete and compute_marginals do not take one-hot values, of its own families neither.)
+# (Pyro's infer_discrete does not take one-hot values, of its own families neither; see test_discrete.py for ours.)
 
 
 def test_infer_discrete_finds_the_best_outcome() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+
+from pyro_sparse.distributions.checks import refuse_logits
 
 
 class SparseDistribution(TorchDistribution):
@@ -109,6 +112,10 @@ class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
 
     expand = MaskedDistribution.expand
     base_dist: SparseDistribution
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        refuse_logits(cls.__name__, kwargs)
+        return super().__new__(cls)
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]

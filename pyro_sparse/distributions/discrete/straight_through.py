@@ -230,7 +230,7 @@ class GumbelSoftmaxST(OneHotCategoricalST):
 
     def __init__(
         self,
-        temperature: float | Tensor,
+        temperature: float | Tensor = 1.0,
         probs: Tensor | None = None,
         logits: Tensor | None = None,
         *,

@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_sparse._autograd import is_transformed
-from pyro_sparse.distributions.checks import check_expand, on_simplex_only
+from pyro_sparse.distributions.checks import check_expand, on_simplex_only, refuse_logits
 from pyro_sparse.distributions.constraints import face
 from pyro_sparse.distributions.half_precision import HalfPrecision
 
@@ -28,6 +28,10 @@ class FaceDistribution(HalfPrecision, TorchDistribution):
 
     support = face
     num_classes: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        refuse_logits(cls.__name__, kwargs)
+        return super().__new__(cls)
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]

@@ -6,12 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer.expansion.layouts import Layout, dense, padded
 from pyro_sparse.infer.expansion.views import with_values
+from pyro_sparse.infer.pyro_internals import global_ids
 
 
 class PlatesUnknownError(Exception):
@@ -24,6 +26,15 @@ class SparseSite:
 
     support_size: Tensor
     num_outcomes: int | None
+
+
+def outside_window(owner: str, name: str, where: str) -> ValueError:
+    """What to raise at a site that depends on one outside of its ``pyro.markov``'s window."""
+    return ValueError(
+        f"{owner}, site '{name}': expected a distribution that depends on enumerated sites within pyro.markov's window "
+        f"only, got one that depends {where}, whose dim another site may have. Raise history=, or leave pyro.markov "
+        "out."
+    )
 
 
 class SparseEnumMessenger(EnumMessenger):
@@ -60,15 +71,32 @@ class SparseEnumMessenger(EnumMessenger):
         self.sites: dict[str, SparseSite] = {}
         self.laid_out: list[str] = []  # all sites that have several values in a dim of their own
 
+    @property
+    def in_markov(self) -> bool:
+        """Whether a site of the last run was in a ``pyro.markov``."""
+        return bool(self._markov_depths)
+
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and not msg["is_observed"] and self._enumerates(msg):
             values = self._lay_out(msg)
             msg["infer"] = {"enumerate": "parallel", **msg["infer"]}
             msg["fn"] = with_values(msg["fn"], values)
         self.visited.add(msg["name"])
+        if self.in_markov and isinstance(msg["fn"], TorchDistributionMixin) and not msg["done"]:
+            self._check_dims(msg)
         super()._pyro_sample(msg)
         if "_enumerate_dim" in msg["infer"] and msg["name"] not in self.laid_out:
             self.laid_out.append(msg["name"])
+
+    def _check_dims(self, msg: Any) -> None:
+        """Raises where a dim of the distribution does not tell whose it is: ``pyro.markov`` gives dims again."""
+        fn, scope = msg["fn"], msg["infer"].get("_markov_scope", {})
+        steps = [self._value_dims[name] for name, depth in scope.items() if self._markov_depths[name] == depth]
+        for dim in range(-len(fn.batch_shape), -self.max_plate_nesting):
+            if fn.batch_shape[dim] == 1 or len({dims[dim] for dims in steps if dim in dims} | global_ids(dim)) == 1:
+                continue
+            if owners := [name for name, dims in self._value_dims.items() if dim in dims]:
+                raise outside_window(self.owner, msg["name"], f"on one of the sites {owners}")
 
     def _enumerates(self, msg: Any) -> bool:
         fn, infer, name = msg["fn"], msg["infer"], msg["name"]
@@ -95,10 +123,13 @@ class SparseEnumMessenger(EnumMessenger):
                 f"{self.owner}, site '{name}': expected infer['enumerate_support'] 'sparse' or 'dense', "
                 f"got {asked!r}. Leave it out for the sparse support."
             )
+        if self.guide_sites is not None and asked == "sparse" and not _is_open(fn):
+            # Its masked rows have log-probability zero at all K outcomes, be there probability or not.
+            asked = "dense"
         if asked == "dense" and not fn.has_enumerate_support:
             raise ValueError(
                 f"{self.owner}, site '{name}': expected a distribution that lists its outcomes for "
-                f"infer['enumerate_support'] 'dense', got {fn}. Leave it out for the sparse support."
+                f"infer['enumerate_support'] 'dense' or under .mask() in the model, got {fn}. Leave these out."
             )
         sizes = fn.support_size
         if self.max_support is not None and asked == "sparse" and int(sizes.max()) > self.max_support:
@@ -111,6 +142,12 @@ class SparseEnumMessenger(EnumMessenger):
         upstream = range(-len(fn.batch_shape), -self.max_plate_nesting)
         shared = tuple(upstream) if "_markov_scope" in msg["infer"] else ()
         return (dense if asked == "dense" else self.layout)(name, fn, shared)
+
+
+def _is_open(fn: SparseDistribution) -> bool:
+    """Whether no row of it is masked."""
+    mask = getattr(fn, "_mask", None)
+    return mask is None or mask is True or (isinstance(mask, Tensor) and bool(mask.all()))
 
 
 class ModelEnumMessenger(SparseEnumMessenger):

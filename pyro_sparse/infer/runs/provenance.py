@@ -108,7 +108,7 @@ class Provenance(TorchDispatchMode):
             if isinstance(out, bool | int | float):
                 self.reach_everything(labels)
             if torch.Tag.dynamic_output_shape in func.tags and _counts(func, inputs):
-                self._everywhere |= labels  # its length may be used as a number
+                self.reach_everything(labels)  # its length may be used as a number
         return out
 
 
