@@ -65,7 +65,7 @@ def edges_of(probs: Tensor) -> list[Edges]:
         T graphs of G · S nodes. How many edges each has is read from the device, once for all.
     """
     steps, groups, states = probs.shape[:3]
-    step, group, target, source = (probs.detach().transpose(-1, -2) > 0).nonzero(as_tuple=True)
+    step, group, target, source = (probs.detach().transpose(-1, -2) != 0).nonzero(as_tuple=True)  # NaN stays
     logits = probs[step, group, source, target].log()
     offset = group * states
     nodes = (step, offset + target)

@@ -103,6 +103,8 @@ class SparseHMM(HiddenMarkovModel):
         self.transition = transition
         self.observation_dist = observation_dist
         self.lengths = lengths
+        if duration is not None and duration < 1:
+            raise ValueError(f"SparseHMM.duration: expected a positive number of steps, got {duration}. Leave it out.")
         if duration is not None and shape[-1] not in (1, duration):
             raise ValueError(
                 f"SparseHMM.duration: expected {shape[-1]}, the steps of its parameters, got {duration}. Leave it out."
@@ -227,7 +229,7 @@ class SparseHMM(HiddenMarkovModel):
 
     def _possible(self, value: Tensor, best: bool = False) -> tuple[_Chains, Size]:
         chains, shape = self._forward(value, best)
-        if self._validate_args and not is_true(self._log_likelihood(chains, shape).detach() > -math.inf):
+        if self._validate_args and not is_true(self._log_likelihood(chains, shape).detach() != -math.inf):
             raise ValueError(
                 "SparseHMM: expected an observation that some path can give, got one of probability zero. It has "
                 "no posterior; allow more transitions, or check the data."
@@ -296,12 +298,13 @@ class SparseHMM(HiddenMarkovModel):
         if self._validate_args:
             if value.is_floating_point() and not is_true(~value.isnan()):
                 raise ValueError(
-                    "SparseHMM: expected observations without NaN, got one with. Mask what is missing, or give lengths="
+                    "SparseHMM: expected observations without NaN, got one with. Put any value in place of what is "
+                    "missing, and mask it: observation_dist.mask(m), m of shape (*batch, T, 1); or give lengths=."
                 )
-            self._validate_sample(value)
         logits = widened(d.log_prob(value.unsqueeze(-1 - event_dim)))
         shape = torch.broadcast_shapes(logits.shape[:-2], self.batch_shape)
-        dtype = torch.promote_types(logits.dtype, widened(self.initial_logits).dtype)
+        dtype = torch.promote_types(logits.dtype, self.initial_logits.dtype)
+        dtype = torch.promote_types(dtype, self.transition.probs.dtype)
         return logits.expand((*shape, T, self.num_states)).to(dtype)
 
     def _backward(self, chains: _Chains, shape: Size) -> Any:
@@ -336,7 +339,7 @@ class SparseHMM(HiddenMarkovModel):
         path = [nodes]
         for t in reversed(range(1, len(chains.messages))):
             sources, scores = chains.edges[t].arrivals(chains.messages[t - 1], nodes)
-            going = None if chains.going is None else chains.going[t].reshape(len(groups), S, -1)[:, 0]
+            going = None if chains.going is None else chains.going[t].unflatten(0, (-1, S))[:, 0]
             if going is not None:  # no edge may lead to where a chain has stopped
                 scores = torch.where(going, scores, 0.0)
             chosen = choose(scores.movedim(0, -1), Size())
@@ -378,7 +381,7 @@ def _broadcast(
                 f"{size}. Its last dim is the state that a step starts from or is seen in."
             )
     if lengths is not None:
-        if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
+        if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype is torch.bool:
             got = str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__
             raise TypeError(f"SparseHMM.lengths: expected a tensor of integers, got {got}. Use torch.tensor(lengths).")
         sizes["lengths"] = tuple(lengths.shape)

@@ -469,6 +469,10 @@ bad("length above", ValueError, r"lengths: expected 1 to 4 steps, got 5 to 5")(
 bad("float lengths", TypeError, r"lengths: expected a tensor of integers, got torch.float64")(
     lambda: made(lengths=torch.tensor(5.0))
 )
+bad("a mask for lengths", TypeError, r"lengths: expected a tensor of integers, got torch.bool")(
+    lambda: made(lengths=torch.tensor([True, False]))
+)
+bad("no duration", ValueError, r"duration: expected a positive number of steps, got 0")(lambda: made(duration=0))
 bad("lengths of another batch", ValueError, r"expected shapes that broadcast .* lengths \(2,\)")(
     lambda: made(torch.zeros(3, 3), lengths=torch.tensor([1, 2]))
 )
@@ -489,6 +493,34 @@ def test_no_chains(transition: str) -> None:
     assert d.log_prob(value).shape == d.posterior_entropy(value).shape == (0,)
     assert d.smooth(value).probs.shape == (0, 4, 3)
     assert d.viterbi(value).shape == d.sample_posterior(value).shape == d.sample().shape == (0, 4)
+
+
+def test_no_chains_of_any_length() -> None:
+    d = sparse(parts(3, (0,), transition="batch"), lengths=torch.zeros(0, dtype=torch.long), validate_args=False)
+    assert d.viterbi(torch.zeros(0, 4)).shape == d.sample_posterior(torch.zeros(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("T", [3, 5])
+def test_states_with_supports_of_their_own(T: int) -> None:
+    """A count above what a state can give is of probability zero there, however many steps there are."""
+    torch.manual_seed(15)
+    p = parts(3)
+    seen = dist.Binomial(torch.tensor([2.0, 5.0, 9.0]), torch.tensor([0.3, 0.4, 0.5]), validate_args=False)
+    d, value = SparseHMM(p["initial"], SparseCategorical(p["scores"], entmax15), seen), torch.randint(3, (T,)).double()
+    torch.testing.assert_close(d.log_prob(value), joint(d, value)[1].logsumexp(0), **CLOSE)
+
+
+def test_the_dtype_of_the_transitions_counts() -> None:
+    rare = SparseCategorical(probs=torch.tensor([[1 - 1e-50, 1e-50], [0.0, 1.0]], dtype=torch.float64))
+    seen = SparseCategorical(probs=torch.eye(2, dtype=torch.float32))
+    d = SparseHMM(torch.tensor([0.0, -math.inf], dtype=torch.float32), rare, seen)
+    assert d.log_prob(torch.tensor([1])).item() == pytest.approx(math.log(1e-50))
+
+
+def test_nan_is_no_missing_transition() -> None:
+    probs = torch.tensor([[0.5, 0.5], [math.nan, 0.5]])
+    d = SparseHMM(torch.zeros(2), SparseCategorical(probs=probs, validate_args=False), dist.Normal(torch.zeros(2), 1.0))
+    assert d.log_prob(torch.zeros(3)).isnan()
 
 
 def test_masked_and_nested() -> None:
