@@ -90,6 +90,21 @@ def test_the_evidence(name: str, mask: str) -> None:
     assert TraceEnum_ELBO(max_plate_nesting=2).loss(model, no_guide, name, mask) == expected
 
 
+@pytest.mark.parametrize("inner", [OPEN, torch.tensor(True)])
+def test_the_evidence_under_two_masks(inner: Tensor) -> None:
+    """Whichever of them is the inner one."""
+    outer = torch.tensor(True) if inner is OPEN else OPEN
+
+    def program() -> None:
+        with pyro.plate("data", 3):
+            d = FAMILIES["SparseCategorical"][0]().expand([3])
+            z = pyro.sample("z", d.mask(inner).mask(outer), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(number(z, d), 1.0), obs=DATA)
+
+    expected = -bayes("SparseCategorical", "site")[0].logsumexp(-1).sum().item()
+    assert make_elbo().loss(program, no_guide) == pytest.approx(expected, abs=1e-10)
+
+
 @each_mask
 @each_family
 def test_marginals(name: str, mask: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
@@ -21,6 +22,22 @@ def law(fn: Any) -> Any:
             base.to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, Independent) else base.expand(fn.batch_shape)
         )
     return fn
+
+
+def masks(fn: Any) -> Iterator[Any]:
+    """The masks on its log-probability, outermost first, those under ``to_event`` for its whole event; None is none."""
+    rightmost = 0  # how many dims of the mask are summed over
+    while fn is not None:
+        mask = getattr(fn, "_mask", None)
+        yield _over_event(mask, rightmost) if isinstance(mask, Tensor) else mask
+        rightmost += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = getattr(fn, "base_dist", None)
+
+
+def _over_event(mask: Tensor, dims: int) -> Tensor:
+    """Whether some part of the event is open."""
+    dims = min(dims, mask.dim())
+    return mask.flatten(-dims).any(-1) if dims else mask
 
 
 def padded_law(fn: Any, dims: int) -> Any:

@@ -7,7 +7,7 @@ is enumerated in full.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.infer.expansion.law import masks
 from pyro_sparse.infer.expansion.messengers import SparseEnumMessenger
 
 
@@ -65,7 +66,7 @@ class MaskedRowsMessenger(SparseEnumMessenger):
 def mask_of(node: Any) -> Tensor | None:
     """What ``poutine.mask`` and ``.mask()`` make of a site together; None where there is no mask."""
     result = None
-    for mask in _masks(node):
+    for mask in (node["mask"], *masks(node["fn"])):
         if mask is None or mask is True:
             continue
         mask = torch.as_tensor(mask, device=node["value"].device if node["value"] is not None else None).bool()
@@ -77,22 +78,6 @@ def mask_within(node: Any, shape: torch.Size) -> Tensor | None:
     """The mask, where it is of the elements of this shape and not of more."""
     mask = mask_of(node)
     return None if mask is None or _shape(mask, shape) != shape else mask
-
-
-def _masks(node: Any) -> Iterator[Any]:
-    yield node["mask"]
-    fn, rightmost = node["fn"], 0  # how many dims of the mask are summed over
-    while fn is not None:
-        mask = getattr(fn, "_mask", None)
-        yield _over_event(mask, rightmost) if isinstance(mask, Tensor) else mask
-        rightmost += getattr(fn, "reinterpreted_batch_ndims", 0)
-        fn = getattr(fn, "base_dist", None)
-
-
-def _over_event(mask: Tensor, dims: int) -> Tensor:
-    """Whether some part of the event is open."""
-    dims = min(dims, mask.dim())
-    return mask.flatten(-dims).any(-1) if dims else mask
 
 
 def _shape(mask: Tensor, batch_shape: torch.Size) -> torch.Size | None:

@@ -6,11 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.infer.expansion.law import masks
 from pyro_sparse.infer.expansion.layouts import Layout, dense, padded
 from pyro_sparse.infer.expansion.views import with_values
 from pyro_sparse.infer.pyro_internals import global_ids
@@ -145,9 +147,8 @@ class SparseEnumMessenger(EnumMessenger):
 
 
 def _is_open(fn: SparseDistribution) -> bool:
-    """Whether no row of it is masked."""
-    mask = getattr(fn, "_mask", None)
-    return mask is None or mask is True or (isinstance(mask, Tensor) and bool(mask.all()))
+    """Whether no row of it is masked: which outcomes are laid out depends on it, so a mask is read from the device."""
+    return all(mask is None or bool(torch.as_tensor(mask).all()) for mask in masks(fn))
 
 
 class ModelEnumMessenger(SparseEnumMessenger):
