@@ -55,12 +55,14 @@ def infer_discrete(
         )
     if temperature not in (0, 1):
         raise ValueError(f"infer_discrete: expected temperature 0 or 1, got {temperature!r}. Use 1 to draw.")
-    options = (first_available_dim, temperature, strict_enumeration_warning)
-    return functools.partial(_decorated, *options) if fn is None else functools.partial(posterior_run, fn, *options)
-
-
-def _decorated(first_available_dim: int, temperature: int, strict: bool, fn: Program) -> Any:
-    return functools.partial(posterior_run, fn, first_available_dim, temperature, strict)
+    if fn is None:
+        return functools.partial(
+            infer_discrete,
+            first_available_dim=first_available_dim,
+            temperature=temperature,
+            strict_enumeration_warning=strict_enumeration_warning,
+        )
+    return functools.partial(posterior_run, fn, first_available_dim, temperature, strict_enumeration_warning)
 
 
 def posterior_run(

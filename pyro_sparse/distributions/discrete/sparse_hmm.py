@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -164,15 +164,15 @@ class SparseHMM(HiddenMarkovModel):
     def smooth(self, value: Tensor) -> SparseCategorical:
         """The posterior marginals of all states: a :class:`SparseCategorical` of batch shape ``batch_shape + (T,)``."""
         chains, shape = self._possible(value)
-        marginals = [marginal for marginal, _ in self._backward(chains, shape)]
+        marginals = [marginal for marginal, _ in self._backward(chains)]
         probs = torch.stack([self._states(m, shape) for m in reversed(marginals)], -2)
         return SparseCategorical(probs=probs, validate_args=False)
 
     def posterior_entropy(self, value: Tensor) -> Tensor:
         r"""The entropy :math:`H(x_{1:T} \mid y_{1:T})` of the posterior path in nats, shape ``batch_shape``."""
         chains, shape = self._possible(value)
-        total = entropy_terms(self._log_marginals(chains.messages[-1], shape))
-        for _, step in self._backward(chains, shape):
+        total = entropy_terms(self._log_marginals(chains.messages[-1]))
+        for _, step in self._backward(chains):
             total = total + step
         return self._states(total, shape).sum(-1)
 
@@ -219,7 +219,7 @@ class SparseHMM(HiddenMarkovModel):
         """From ``(N, C)`` to ``shape + (S,)``."""
         return x.unflatten(0, (-1, self.num_states)).permute(2, 0, 1).reshape((*shape, self.num_states))
 
-    def _log_marginals(self, messages: Tensor, shape: Size) -> Tensor:
+    def _log_marginals(self, messages: Tensor) -> Tensor:
         groups = messages.unflatten(0, (-1, self.num_states))
         total = _logsumexp(groups, 1).unsqueeze(1)
         return (groups - torch.where(total == -math.inf, 0.0, total)).reshape(messages.shape)
@@ -238,7 +238,7 @@ class SparseHMM(HiddenMarkovModel):
 
     def _forward(self, value: Tensor, best: bool = False) -> tuple[_Chains, Size]:
         """Log-weights of all states at each step, summed over the paths to them (or of the best of those)."""
-        if torch._C._get_tracing_state() is not None:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(f"SparseHMM: expected an eager run, got one under torch.jit.trace. {_NO_JIT}")
         logits = self._observed(value)
         shape, (T, S) = logits.shape[:-2], logits.shape[-2:]
@@ -258,10 +258,8 @@ class SparseHMM(HiddenMarkovModel):
         probs = probs.reshape(probs.shape[own - len(shape) - 3 :]).expand((*shape[own:], steps, S, S))
         graphs = edges_of(probs.reshape(groups, steps, S, S).transpose(0, 1))
         edges = graphs * T if steps == 1 else graphs
-        going = None
-        if self.lengths is not None:
-            until = self.lengths.unsqueeze(-1) > torch.arange(T, device=logits.device)
-            going = inward(until.unsqueeze(-1).expand((*until.shape, S)))
+        until = self._goes_on(T)
+        going = None if until is None else inward(until.unsqueeze(-1).expand((*until.shape, S)))
         message = inward(self.initial_logits.to(logits.dtype).unsqueeze(-2))[0]
         # Each step starts near zero: what has been summed up would round the differences between states.
         constant = message.new_zeros((groups, C))
@@ -288,11 +286,10 @@ class SparseHMM(HiddenMarkovModel):
                 f"SparseHMM: expected {steps} observations of shape {tuple(d.event_shape)}, got "
                 f"{tuple(value.shape)}. Put time before the dims of one observation."
             )
-        if self.lengths is not None:
-            if self._validate_args:
-                self._check_lengths(T)
+        if self._validate_args:
+            self._check_lengths(T)
+        if (until := self._goes_on(T)) is not None:
             # What comes after the end may be anything: the first observation is one that the family knows.
-            until = self.lengths.unsqueeze(-1) > torch.arange(T, device=value.device)
             first = value.narrow(-self.event_dim, 0, 1)
             value = torch.where(until.reshape(until.shape + (1,) * event_dim), value, first)
         if self._validate_args:
@@ -307,20 +304,23 @@ class SparseHMM(HiddenMarkovModel):
         dtype = torch.promote_types(dtype, self.transition.probs.dtype)
         return logits.expand((*shape, T, self.num_states)).to(dtype)
 
-    def _backward(self, chains: _Chains, shape: Size) -> Any:
+    def _goes_on(self, steps: int) -> Tensor | None:
+        """Whether each chain has so many steps, ``(*batch, T)``; None where all have."""
+        if self.lengths is None:
+            return None
+        return self.lengths.unsqueeze(-1) > torch.arange(steps, device=self.lengths.device)
+
+    def _backward(self, chains: _Chains) -> Iterator[tuple[Tensor, Tensor]]:
         """
         From the last step to the first: the marginals of its states, and what the entropy of the path gains when the
         state before it is added, both ``(N, C)``.
         """
-        marginal = self._log_marginals(chains.messages[-1], shape).exp()
-        for t in reversed(range(len(chains.messages))):
-            if t == 0:
-                yield marginal, torch.zeros_like(marginal)
-                return
+        marginal = self._log_marginals(chains.messages[-1]).exp()
+        zeros = torch.zeros_like(marginal)
+        for t in reversed(range(1, len(chains.messages))):
             edges = chains.edges[t]
             origins = edges.log_origins(chains.messages[t - 1], chains.arrived[t])
             ending = marginal.index_select(0, edges.target)
-            zeros = torch.zeros_like(marginal)
             before = zeros.index_add(0, edges.source, origins.exp() * ending)
             gain = zeros.index_add(0, edges.source, entropy_terms(origins) * ending)
             if chains.going is not None:
@@ -328,6 +328,7 @@ class SparseHMM(HiddenMarkovModel):
                 gain = torch.where(chains.going[t], gain, 0.0)
             yield marginal, gain
             marginal = before
+        yield marginal, zeros
 
     def _trace_back(
         self, chains: _Chains, shape: Size, sample_shape: Size, choose: Callable[[Tensor, Size], Tensor]

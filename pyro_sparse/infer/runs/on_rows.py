@@ -84,7 +84,6 @@ class OnRows:
 
     def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, int]:
         """The model's trace, with log-probabilities in slots, and on how many rows its largest site ran."""
-        indices = guide_trace.nodes[rows.frame.name]["value"] if rows.frame.name in guide_trace.nodes else None
         if self.chunk_rows is not None and (around := handlers_around()):
             raise ValueError(
                 f"{self.owner}, chunk_rows: expected no effect handlers around the loss, which the backward pass runs "
@@ -98,7 +97,7 @@ class OnRows:
 
             def run(part: Rows = part, scored: list[_Scored | None] = scored) -> list[Tensor]:
                 again()
-                found = self._scores(model, args, kwargs, guide_trace, part, indices)
+                found = self._scores(model, args, kwargs, guide_trace, part)
                 scored.extend(() if scored else found)
                 return [site.log_prob for site in found]
 
@@ -117,10 +116,9 @@ class OnRows:
         return result, ran_on
 
     def _runs_on_one(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> bool:
-        indices = guide_trace.nodes[rows.frame.name]["value"] if rows.frame.name in guide_trace.nodes else None
         try:
             with undisturbed(), poutine.block():
-                self._scores(model, args, kwargs, guide_trace, next(iter(rows.parts(1))), indices)
+                self._scores(model, args, kwargs, guide_trace, next(iter(rows.parts(1))))
         except Exception:  # whatever it is: the error that is to be explained stays
             return False
         return True
@@ -153,12 +151,11 @@ class OnRows:
             require_rows_alone(self, model, args, kwargs, guide_trace, rows)
         self.compared[key] = called
 
-    def _scores(
-        self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows, indices: Tensor | None
-    ) -> list[_Scored]:
+    def _scores(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> list[_Scored]:
         """The model's sites on some rows, with their log-probabilities unscaled."""
-        given = _given(guide_trace, rows)
-        if indices is not None:
+        given, indices = _given(guide_trace, rows), None
+        if rows.frame.name in given.nodes:
+            indices = given.nodes[rows.frame.name]["value"]
             given.remove_node(rows.frame.name)
         own_args, own_kwargs = self._arguments(rows, args, kwargs)
         handler = RowsMessenger(self.owner, rows, indices)

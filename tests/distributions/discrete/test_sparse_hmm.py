@@ -405,16 +405,6 @@ def test_learns_a_matrix_in_a_model(elbo: Any) -> None:
     assert (found == 0).sum() >= 2
 
 
-BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {}
-
-
-def bad(name: str, error: type[Exception], message: str) -> Callable[[Callable[[], Any]], None]:
-    def keep(f: Callable[[], Any]) -> None:
-        BAD[name] = (f, error, message)
-
-    return keep
-
-
 def made(initial: Any = None, transition: Any = None, seen: Any = None, **kwargs: Any) -> SparseHMM:
     initial = torch.zeros(3) if initial is None else initial
     transition = SparseCategorical(torch.eye(3)) if transition is None else transition
@@ -422,60 +412,96 @@ def made(initial: Any = None, transition: Any = None, seen: Any = None, **kwargs
     return SparseHMM(initial, transition, seen, **kwargs)
 
 
-bad("integers", TypeError, r"initial_logits: expected a floating-point tensor, got torch.int64")(
-    lambda: made(torch.zeros(3).long())
-)
-bad("stock transition", TypeError, r"transition: expected a SparseCategorical, got Categorical")(
-    lambda: made(transition=dist.Categorical(torch.eye(3)))
-)
-bad("masked transition", TypeError, r"transition: expected a SparseCategorical, got MaskedSparseDistribution")(
-    lambda: made(transition=SparseCategorical(torch.eye(3)).mask(True))
-)
-bad("not square", ValueError, r"transition\.batch_shape: expected to end in 4, .* got \(3,\)")(
-    lambda: made(torch.zeros(4), SparseCategorical(torch.zeros(3, 4)))
-)
-bad("no rows", ValueError, r"transition\.batch_shape: expected to end in 3, .* got \(\)")(
-    lambda: made(transition=SparseCategorical(torch.zeros(3)))
-)
-bad("initial", ValueError, r"initial_logits: expected to end in 3, .* got \(4,\)")(lambda: made(torch.zeros(4)))
-bad("observations", ValueError, r"observation_dist\.batch_shape: expected to end in 3, .* got \(2,\)")(
-    lambda: made(seen=dist.Normal(torch.zeros(2), 1.0))
-)
-bad("a matrix for each chain", ValueError, r"batch shape \(B, 1, 3\)")(
-    lambda: made(torch.zeros(2, 3), SparseCategorical(torch.zeros(2, 3, 3)), dist.Normal(torch.zeros(5, 3), 1.0))
-)
-bad("duration", ValueError, r"duration: expected 5, the steps of its parameters, got 4")(
-    lambda: made(seen=dist.Normal(torch.zeros(5, 3), 1.0), duration=4)
-)
-bad("NaN logits", ValueError, r"initial_logits: expected numbers or -inf")(
-    lambda: made(torch.tensor([0.0, math.nan, 0.0]))
-)
-bad("-inf only", ValueError, r"initial_logits: expected numbers or -inf")(lambda: made(torch.full((3,), -math.inf)))
-bad("NaN values", ValueError, r"expected observations without NaN")(
-    lambda: made().log_prob(torch.tensor([0.0, math.nan]))
-)
-bad("no steps", ValueError, r"expected one or more observations of shape \(\), got \(0,\)")(
-    lambda: made().log_prob(torch.zeros(0))
-)
-bad("other steps", ValueError, r"expected 4 observations of shape \(\), got \(5,\)")(
-    lambda: made(duration=4).log_prob(torch.zeros(5))
-)
-bad("length 0", ValueError, r"lengths: expected 1 to 4 steps, got 0 to 2")(
-    lambda: made(duration=4, lengths=torch.tensor([2, 0]))
-)
-bad("length above", ValueError, r"lengths: expected 1 to 4 steps, got 5 to 5")(
-    lambda: made(lengths=torch.tensor(5)).log_prob(torch.zeros(4))
-)
-bad("float lengths", TypeError, r"lengths: expected a tensor of integers, got torch.float64")(
-    lambda: made(lengths=torch.tensor(5.0))
-)
-bad("a mask for lengths", TypeError, r"lengths: expected a tensor of integers, got torch.bool")(
-    lambda: made(lengths=torch.tensor([True, False]))
-)
-bad("no duration", ValueError, r"duration: expected a positive number of steps, got 0")(lambda: made(duration=0))
-bad("lengths of another batch", ValueError, r"expected shapes that broadcast .* lengths \(2,\)")(
-    lambda: made(torch.zeros(3, 3), lengths=torch.tensor([1, 2]))
-)
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "integers": (
+        lambda: made(torch.zeros(3).long()),
+        TypeError,
+        r"initial_logits: expected a floating-point tensor, got torch.int64",
+    ),
+    "stock transition": (
+        lambda: made(transition=dist.Categorical(torch.eye(3))),
+        TypeError,
+        r"transition: expected a SparseCategorical, got Categorical",
+    ),
+    "masked transition": (
+        lambda: made(transition=SparseCategorical(torch.eye(3)).mask(True)),
+        TypeError,
+        r"transition: expected a SparseCategorical, got MaskedSparseDistribution",
+    ),
+    "not square": (
+        lambda: made(torch.zeros(4), SparseCategorical(torch.zeros(3, 4))),
+        ValueError,
+        r"transition\.batch_shape: expected to end in 4, .* got \(3,\)",
+    ),
+    "no rows": (
+        lambda: made(transition=SparseCategorical(torch.zeros(3))),
+        ValueError,
+        r"transition\.batch_shape: expected to end in 3, .* got \(\)",
+    ),
+    "initial": (lambda: made(torch.zeros(4)), ValueError, r"initial_logits: expected to end in 3, .* got \(4,\)"),
+    "observations": (
+        lambda: made(seen=dist.Normal(torch.zeros(2), 1.0)),
+        ValueError,
+        r"observation_dist\.batch_shape: expected to end in 3, .* got \(2,\)",
+    ),
+    "a matrix for each chain": (
+        lambda: made(torch.zeros(2, 3), SparseCategorical(torch.zeros(2, 3, 3)), dist.Normal(torch.zeros(5, 3), 1.0)),
+        ValueError,
+        r"batch shape \(B, 1, 3\)",
+    ),
+    "duration": (
+        lambda: made(seen=dist.Normal(torch.zeros(5, 3), 1.0), duration=4),
+        ValueError,
+        r"duration: expected 5, the steps of its parameters, got 4",
+    ),
+    "NaN logits": (
+        lambda: made(torch.tensor([0.0, math.nan, 0.0])),
+        ValueError,
+        r"initial_logits: expected numbers or -inf",
+    ),
+    "-inf only": (lambda: made(torch.full((3,), -math.inf)), ValueError, r"initial_logits: expected numbers or -inf"),
+    "NaN values": (
+        lambda: made().log_prob(torch.tensor([0.0, math.nan])),
+        ValueError,
+        r"expected observations without NaN",
+    ),
+    "no steps": (
+        lambda: made().log_prob(torch.zeros(0)),
+        ValueError,
+        r"expected one or more observations of shape \(\), got \(0,\)",
+    ),
+    "other steps": (
+        lambda: made(duration=4).log_prob(torch.zeros(5)),
+        ValueError,
+        r"expected 4 observations of shape \(\), got \(5,\)",
+    ),
+    "length 0": (
+        lambda: made(duration=4, lengths=torch.tensor([2, 0])),
+        ValueError,
+        r"lengths: expected 1 to 4 steps, got 0 to 2",
+    ),
+    "length above": (
+        lambda: made(lengths=torch.tensor(5)).log_prob(torch.zeros(4)),
+        ValueError,
+        r"lengths: expected 1 to 4 steps, got 5 to 5",
+    ),
+    "float lengths": (
+        lambda: made(lengths=torch.tensor(5.0)),
+        TypeError,
+        r"lengths: expected a tensor of integers, got torch.float64",
+    ),
+    "a mask for lengths": (
+        lambda: made(lengths=torch.tensor([True, False])),
+        TypeError,
+        r"lengths: expected a tensor of integers, got torch.bool",
+    ),
+    "no duration": (lambda: made(duration=0), ValueError, r"duration: expected a positive number of steps, got 0"),
+    "lengths of another batch": (
+        lambda: made(torch.zeros(3, 3), lengths=torch.tensor([1, 2])),
+        ValueError,
+        r"expected shapes that broadcast .* lengths \(2,\)",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", list(BAD))
