@@ -9,12 +9,15 @@ from typing import Any
 
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import prune_subsample_sites
 
 from pyro_sparse.infer.expansion.law import law
 from pyro_sparse.infer.expansion.numbers import Numbers, Outcomes
 from pyro_sparse.infer.pyro_internals import sample_posterior_from_trace
+from pyro_sparse.infer.runs.explanations import Alone
+from pyro_sparse.infer.runs.window import require_window
 
 Program = Callable[..., Any]
 
@@ -46,7 +49,8 @@ def infer_discrete(
         ``fn`` with its sites at such values.
 
     Raises:
-        ValueError: another temperature; a dim that is not negative.
+        ValueError: another temperature; a dim that is not negative; under Pyro's validation a site that depends on an
+            enumerated one outside of its ``pyro.markov``'s window.
     """
     if first_available_dim is None or first_available_dim >= 0:
         raise ValueError(
@@ -72,6 +76,7 @@ def posterior_run(
     numbers = Numbers()
     with poutine.block(), EnumMessenger(first_available_dim):
         trace = prune_subsample_sites(poutine.trace(numbers(fn)).get_trace(*args, **kwargs))
+    _check_window(numbers, Alone(fn, _no_guide, args, kwargs, "infer_discrete"))
     trace.compute_log_prob()
     trace.pack_tensors()
     nodes: dict[str, Any] = trace.nodes
@@ -96,9 +101,19 @@ def marginals(
     held = _Visited()
     numbers = Numbers(held.names)
     found = _Marginals(owner, **options).compute_marginals(numbers(model), held(guide), *args, **kwargs)
+    _check_window(numbers, Alone(model, guide, args, kwargs, owner))
     return OrderedDict(
         (name, numbers.marginal(name, d.logits) if name in numbers.outcomes else d) for name, d in found.items()
     )
+
+
+def _no_guide(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _check_window(numbers: Numbers, alone: Alone) -> None:
+    if numbers.in_markov and is_validation_enabled():
+        require_window(alone, numbers.laws)
 
 
 class _Visited(poutine.messenger.Messenger):

@@ -60,6 +60,9 @@ class SparseEnumELBO(TraceEnum_ELBO):
     guide site take one outcome, unless a term that is not masked depends on them. Under Pyro's validation the first run
     on several outcomes at once is compared with runs on each.
 
+    In ``pyro.markov`` a site has the union of the supports that its parents give it, and may depend on enumerated sites
+    within the window, ``history`` steps back, only: the dims of earlier ones are given to others. (Pyro does not look.)
+
     **Bias:** none, in value and gradient. **Extra model evaluations:** none (``mode="auto"``: 1 + 2 per sparse site
     before the first step). **Needs from the guide:** a distribution with a sparse support, in a plate and not under
     ``to_event``.
@@ -125,6 +128,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         self._rows = MaskedRows()
         self._record: StepRecord | None = None
         self._rows_compared = Compared()
+        self._within: set[frozenset[str]] = set()  # sites whose pyro.markov was looked at: a longer chain has others
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._warned: set[str] = set()  # sites, and "" for the guide as a whole
 
@@ -198,11 +202,15 @@ class SparseEnumELBO(TraceEnum_ELBO):
         return explained(alone, lambda: self._several(*messengers))
 
     def _check_rows(self, alone: Alone, *messengers: SparseEnumMessenger) -> None:
-        """Raises, at the first run on several values, if the program mixes them."""
+        """Raises if the program mixes several values (at the first run on them) or leaves a window (at each chain)."""
         several = self._several(*messengers)
-        if is_validation_enabled() and not self._compared and several is not None and self.mode != "packed":
-            if any(messenger.in_markov for messenger in messengers):
-                require_window(alone, several.slots)
+        if not is_validation_enabled() or several is None or self.mode == "packed":
+            return
+        sites = frozenset(several.slots)
+        if any(messenger.in_markov for messenger in messengers) and sites not in self._within:
+            require_window(alone, sites)
+            self._within.add(sites)
+        if not self._compared:
             require_row_by_row(alone, several)
             self._compared = True
 

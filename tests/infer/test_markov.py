@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_sparse.diagnostics import peak_memory
 from pyro_sparse.distributions import SparseCategorical, SparseOneHotCategorical
 from pyro_sparse.estimators import Exact
-from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
+from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO, infer_discrete
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.projections import entmax15
 
@@ -373,6 +373,41 @@ def test_refuses_a_step_outside_of_the_window(program: str, side: str) -> None:
     model, guide = pair(make, 3, side)
     with pytest.raises(ValueError, match=rf"site '{site}': expected .* within pyro.markov's window only, got one that"):
         SparseEnumELBO(max_plate_nesting=0).loss(model, guide)
+
+
+def growing(c: Chain, steps: int = 4) -> None:
+    """What is seen depends on the first state, which is in the window of the second step only."""
+    table, states = c.table("z", c.K), [torch.tensor(0)]
+    for t in pyro.markov(range(steps)):
+        states.append(c.state(f"z_{t}", table[states[-1]]))
+        c.emit(f"y_{t}", t, states[1], states[-1], i=0)
+
+
+@pytest.mark.parametrize("side", ["guide", "model"])
+def test_looks_again_when_the_chain_is_longer(side: str) -> None:
+    elbo = SparseEnumELBO(max_plate_nesting=0)
+    elbo.loss(*pair(functools.partial(growing, steps=2), 3, side))
+    for _ in range(2):  # what was refused is refused again
+        with pytest.raises(
+            ValueError, match=r"site 'y_\d': expected .* within pyro.markov's window only, got one that"
+        ):
+            elbo.loss(*pair(growing, 3, side))
+
+
+def test_posteriors_look_at_the_window_too() -> None:
+    model, guide = pair(growing, 3, "model")
+    elbo = SparseEnumELBO(max_plate_nesting=0)
+    short, _ = pair(functools.partial(growing, steps=2), 3, "model")
+    infer_discrete(short, -1)()
+    for call in (
+        infer_discrete(model, -1),
+        functools.partial(elbo.compute_marginals, model, guide),
+        functools.partial(elbo.sample_posterior, model, guide),
+    ):
+        with pytest.raises(
+            ValueError, match=r"site 'y_\d': expected .* within pyro.markov's window only, got one that"
+        ):
+            call()
 
 
 @pytest.mark.parametrize("program", ["lag 3", "emission"])

@@ -107,7 +107,8 @@ class SparseHMM(HiddenMarkovModel):
             raise ValueError(f"SparseHMM.duration: expected a positive number of steps, got {duration}. Leave it out.")
         if duration is not None and shape[-1] not in (1, duration):
             raise ValueError(
-                f"SparseHMM.duration: expected {shape[-1]}, the steps of its parameters, got {duration}. Leave it out."
+                f"SparseHMM.duration: expected {shape[-1]}, the steps of its parameters, got {duration}. Leave it out; "
+                "what varies by chain and not in time has a batch shape of (B, 1, S)."
             )
         event_shape = shape[-1:] + observation_dist.event_shape
         super().__init__(duration, shape[:-1], event_shape, validate_args=False)
@@ -371,8 +372,8 @@ def _broadcast(
         )
     S = transition.num_outcomes
     sizes = {
-        "initial_logits": tuple(initial_logits.shape),
         "transition.batch_shape": tuple(transition.batch_shape),
+        "initial_logits": tuple(initial_logits.shape),
         "observation_dist.batch_shape": tuple(observation_dist.batch_shape),
     }
     for name, size in sizes.items():
@@ -384,7 +385,7 @@ def _broadcast(
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype is torch.bool:
             got = str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__
-            raise TypeError(f"SparseHMM.lengths: expected a tensor of integers, got {got}. Use torch.tensor(lengths).")
+            raise TypeError(f"SparseHMM.lengths: expected a tensor of integers, got {got}. Use .long().")
         sizes["lengths"] = tuple(lengths.shape)
     start, rows, seen = initial_logits.shape[:-1], transition.batch_shape[:-1], observation_dist.batch_shape[:-1]
     counted = () if lengths is None else (*lengths.shape, 1)

@@ -36,6 +36,7 @@ class Numbers(Messenger):
         super().__init__()
         self.held = held
         self.laws: dict[str, Any] = {}  # the family of each site, without masks
+        self.in_markov = False  # whether one of them is in a pyro.markov
         self.outcomes: dict[str, Tensor] = {}  # of those that have numbers, ``(K,) + event_shape``
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -47,6 +48,7 @@ class Numbers(Messenger):
         if not listed:  # it is for Pyro to sample it, or to say that it cannot be enumerated
             return
         self.laws[name] = drawn
+        self.in_markov |= "_markov_scope" in infer
         if not isinstance(fn, Categorical | Bernoulli):
             values = drawn.enumerate_support(expand=False)
             self.outcomes[name] = values.reshape(values.shape[:1] + drawn.event_shape)
