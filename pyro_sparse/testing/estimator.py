@@ -137,22 +137,27 @@ def _check_model(make_elbo: MakeELBO, model: EstimatorModel, tol: float) -> str:
     """What is wrong on one model; empty if nothing is."""
     with clean_room():
         pyro.set_rng_seed(0)
-        reached = set()
-        for _ in range(FIRST_RUNS):
-            guide_trace = poutine.trace(model.guide).get_trace(*model.args)
-            poutine.replay(model.model, trace=guide_trace)(*model.args)
-            reached.add(frozenset(guide_trace.nodes))
+        branches = _first_runs(model, FIRST_RUNS)
         parameters = dict(pyro.get_param_store().named_parameters())
         elbo: Any = make_elbo(max_plate_nesting=model.max_plate_nesting)
-        if len(reached) > 1:  # of several branches, the steps that follow may miss one: give its sites their estimators
+        if branches:  # the steps that follow may miss one: give its sites their estimators
             for _ in range(FIRST_RUNS):
                 elbo.loss(model.model, model.guide, *model.args)
         for _ in range(WARM_UP):
             elbo.loss_and_grads(model.model, model.guide, *model.args)
         _disturb_others(elbo, parameters)
-        n = _particles_of_bound(elbo)
-        expected = _objective(lambda: _bound(model, n) if n else _elbo(model), parameters)
+        expected = _objective(model, _particles_of_bound(elbo), parameters)
         return wrong_quantities(expected, _mean_step(elbo, model, parameters), tol)
+
+
+def _first_runs(model: EstimatorModel, count: int) -> bool:
+    """Makes the parameters of model and guide; whether the guide has branches."""
+    reached = set()
+    for _ in range(count):
+        guide_trace = poutine.trace(model.guide).get_trace(*model.args)
+        poutine.replay(model.model, trace=guide_trace)(*model.args)
+        reached.add(frozenset(guide_trace.nodes))
+    return len(reached) > 1
 
 
 def _disturb_others(elbo: Any, parameters: dict[str, Tensor]) -> None:
@@ -201,12 +206,12 @@ def _gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 # The objective, from plain runs of guide and model.
 
 
-def _objective(run: Callable[[], tuple[Tensor, Tensor]], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The enumerated loss, and its gradients by autograd."""
+def _objective(model: EstimatorModel, n: int, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The enumerated loss, that of the n-particle bound if there are particles, and its gradients by autograd."""
     loss = torch.zeros(())
     for parameter in parameters.values():
         parameter.grad = None
-    for probability, (log_q, value) in outcomes(run):
+    for probability, (log_q, value) in outcomes(lambda: _bound(model, n) if n else _elbo(model)):
         # The probability of the path, whose derivative is that of the guide's discrete values.
         weight = probability * (log_q - log_q.detach()).exp()
         loss = loss - weight.detach() * value.detach()

@@ -321,6 +321,8 @@ def look_up(name: str, *where: Tensor, size: int | None = None) -> Tensor:
     """Parameters at the given indices, which broadcast; at a bit, what is linear between its two."""
     table = param(name, *(ROOM,) * len(where), *(() if size is None else (size,)))
     bits = [i for i, index in enumerate(where) if index.is_floating_point()]
+    if not bits:
+        return table[where]
     total: Any = 0.0
     for corner in itertools.product((0, 1), repeat=len(bits)):
         weight: Any = 1.0
@@ -329,5 +331,5 @@ def look_up(name: str, *where: Tensor, size: int | None = None) -> Tensor:
             weight = weight * (where[i] if value else 1 - where[i])
             index[i] = torch.full_like(where[i], value, dtype=torch.long)
         rows = table[tuple(index)]
-        total = total + rows * (weight if size is None or not bits else weight[..., None])
+        total = total + rows * (weight if size is None else weight[..., None])
     return total
