@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyro_sparse.infer.assignment import config_estimators
 from pyro_sparse.infer.autoguide import AutoSparseParallel
 from pyro_sparse.infer.baseline_elbo import BaselineELBO
+from pyro_sparse.infer.checkpoint import Checkpoint
 from pyro_sparse.infer.discrete import infer_discrete
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
 from pyro_sparse.infer.expansion.stats import SupportStats
@@ -21,4 +22,6 @@ __all__ = [
     "BaselineELBO",
     "EstimatorELBO",
     "config_estimators",
+    # a training that goes on where it was
+    "Checkpoint",
 ]

@@ -14,11 +14,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_sparse.infer.assignment import without_weak_references
+from pyro_sparse.infer.processes import require_every_parameter
 
 
-class EstimatorELBOModule(ELBOModule):
+class LossModule(ELBOModule):
+    """What ``elbo(model, guide)`` is: a module whose forward pass is the loss."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().forward(*args, **kwargs)
+        require_every_parameter(type(self.elbo).__name__, self, loss)
+        return loss
+
+
+class EstimatorELBOModule(LossModule):
     """
-    What ``elbo(model, guide)`` is. Its first run warns of parameters that it does not hold; a step without some of the
+    That of an ELBO with estimators. Its first run warns of parameters that it does not hold; a step without some of the
     estimators' parameters, which no optimiser holds, is an error, once, in the run after it.
     """
 

@@ -20,6 +20,7 @@ from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.names import check_names
+from pyro_sparse.infer.processes import Means
 from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
@@ -125,6 +126,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._rows = MaskedRows()
         self._record: StepRecord | None = None
+        self._means = Means()
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and self._vimco is not None:
@@ -216,6 +218,8 @@ class EstimatorELBO(ELBO, nn.Module):
         return loss
 
     def _update(self, updates: list[Update]) -> None:
+        if updates:
+            self._means.moved("EstimatorELBO")
         with torch.no_grad():
             for update in updates:
                 update()

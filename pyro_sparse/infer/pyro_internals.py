@@ -16,12 +16,14 @@ import pyro
 from pyro.infer.discrete import _sample_posterior_from_trace
 from pyro.infer.traceenum_elbo import _check_tmc_elbo_constraint, _compute_dice_elbo, _find_ordinal, _get_common_scale
 from pyro.infer.util import Dice
+from pyro.optim import PyroOptim
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
+from torch.nn.parallel import DistributedDataParallel
 
 #: ``pyro.poutine.indep_messenger.CondIndepStackFrame``: a plate around a site, with the dim that it took. Its module is
 #: not documented; the frames that a trace holds are.
@@ -117,6 +119,14 @@ def stored(name: str) -> Tensor | None:
     return parameter
 
 
+def optimizer_state(optimizer: PyroOptim) -> dict[str, Any]:
+    """
+    Its state, with that which was loaded for parameters that it has not met since: ``get_state`` leaves that out, and
+    training that is saved again before it meets them would begin anew there.
+    """
+    return {**optimizer._state_waiting_to_be_consumed, **optimizer.get_state()}
+
+
 @contextmanager
 def no_new_parameters() -> Iterator[None]:
     """
@@ -137,6 +147,15 @@ def is_that_of_the_bases(p: Any, q: Any) -> bool:
     parameters only. There is no public way to ask which formula serves a pair.
     """
     return _dispatch_kl(type(p), type(q)) is _kl_transformed_transformed
+
+
+def data_parallel() -> DistributedDataParallel | None:
+    """
+    The ``DistributedDataParallel`` whose forward pass this is: a module is not told what wraps it. Without it a
+    parameter that a batch leaves out is an error of torch at the next step, on one process, while the others wait.
+    """
+    around: DistributedDataParallel | None = DistributedDataParallel._get_active_ddp_module()
+    return around
 
 
 def has_compiled() -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_sparse.estimators import exact
 from pyro_sparse.estimators.exact import Gather, check_expansion
 from pyro_sparse.infer.discrete import marginals, posterior_run
+from pyro_sparse.infer.elbo_module import LossModule
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.choice import Choice
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
@@ -136,6 +137,10 @@ class SparseEnumELBO(TraceEnum_ELBO):
     def last_stats(self) -> SupportStats | None:
         """Supports and model rows of the last step; None before the first. Reading it synchronises with the device."""
         return None if self._record is None else self._record.summary()
+
+    def __call__(self, model: Any, guide: Any) -> LossModule:
+        """A module that computes the loss, to be trained by torch optimisers; see :class:`pyro.infer.ELBO`."""
+        return LossModule(model, guide, self)
 
     def _get_traces(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
