@@ -218,7 +218,7 @@ class EstimatorELBO(ELBO, nn.Module):
         return loss
 
     def _update(self, updates: list[Update]) -> None:
-        if updates:
+        if updates and any(True for _ in self.buffers()):
             self._means.moved("EstimatorELBO")
         with torch.no_grad():
             for update in updates:

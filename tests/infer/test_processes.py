@@ -82,7 +82,7 @@ def test_leave_one_out_in_expectation(tmp_path: Path) -> None:
 
 def learned_state(rank: int, folder: Path) -> Any:
     found = {}
-    for name in ("average", "learned"):
+    for name in ("average", "learned", "leave-one-out"):
         loss = make(name)
         parallel = DistributedDataParallel(loss)
         optimiser = torch.optim.Adam(parallel.parameters(), lr=0.05)
@@ -109,9 +109,11 @@ def test_what_baselines_learn(tmp_path: Path) -> None:
     first, second = on_two(learned_state, tmp_path)
     for name in ("average", "learned"):
         (here, said, sent, means), (there, other, received, _) = first[name], second[name]
+        assert sent
         assert all(map(torch.equal, here, there))
         assert len(said) == 1 and "those of process 0" in said[0] and other == []
         assert all(map(torch.equal, sent, received)) and all(map(torch.equal, sent, means))
+    assert first["leave-one-out"][1] == [], "it has no means"
 
 
 def ragged(rank: int, folder: Path) -> Any:
