@@ -81,8 +81,7 @@ def _along(messages: Tensor, logits: Tensor, source: Tensor) -> Tensor:
 
 
 def _log_origins(messages: Tensor, total: Tensor, logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    # Where nothing arrives, a difference of infinities would be NaN.
-    total = torch.where(total == -math.inf, 0.0, total)
+    total = total.clamp_min(torch.finfo(total.dtype).min)  # a difference of infinities would be NaN
     return _along(messages, logits, source) - total.index_select(0, target)
 
 

@@ -28,7 +28,8 @@ class GibbsFaces(FaceDistribution):
     not all zero: :math:`P(\text{not all zero}) = 1 - e^{-A}, A = \sum_k \mathrm{softplus}(\ell_k)`, which serves at
     any scores, also where it underflows.
 
-    **Base measure:** counting on the non-empty subsets of K vertices; **rsample:** no; **enumerable:** for K <= 12.
+    **Base measure:** counting on the non-empty subsets of K vertices; **rsample:** no; **enumerable:** for K <= 12,
+    where ``infer={"enumerate": "parallel"}`` says so.
 
     ========== ================= ===============
     shape      ``scores``        a value

@@ -23,7 +23,8 @@ class MaxEntropyFaces(FaceDistribution):
     The faces of the mixed variable with the largest entropy, face and point together, where each continuous coordinate
     counts with N bits of precision; the point is then uniform on its face, whose volume is :math:`1 / (|f| - 1)!`.
 
-    **Base measure:** counting on the non-empty subsets of K vertices; **rsample:** no; **enumerable:** for K <= 12.
+    **Base measure:** counting on the non-empty subsets of K vertices; **rsample:** no; **enumerable:** for K <= 12,
+    where ``infer={"enumerate": "parallel"}`` says so.
 
     ========== ================= ===============
     shape      ``bits``          a value
