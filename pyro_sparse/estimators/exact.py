@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
-from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes
+from pyro_sparse.estimators.base import Enumeration, Estimator, Gather, Site, Slots, require_outcomes
 
 MODES = ("padded", "union", "packed")
-Gather = Callable[..., Any]
 
 
 class Exact(Estimator):
@@ -33,8 +29,6 @@ class Exact(Estimator):
             ``"packed"`` in another.
     """
 
-    draws_slots = True
-
     def __init__(
         self,
         mode: str = "padded",
@@ -51,6 +45,11 @@ class Exact(Estimator):
         self.chunk_rows = chunk_rows
         self.gather = gather
         self.check = check
+
+    @property
+    def enumeration(self) -> Enumeration:
+        """Its options."""
+        return Enumeration(self.mode, self.max_support, self.chunk_rows, self.gather, self.check)
 
     def draw(self, site: Site) -> Slots:
         """All outcomes. (An ELBO lays out a sparse support, where there is one, in place of this.)"""

@@ -18,7 +18,6 @@ class SmoothEstimator(Estimator):
     they are made of. A subclass gives the :meth:`gradient` by the logits; its parameters learn to lessen the variance.
     """
 
-    draws_slots = True
     relaxes: ClassVar[bool] = True
 
     def gradient(self, view: OneHotView, cost: Tensor, attached: Tensor, site: Site, memo: Tensor) -> Tensor:

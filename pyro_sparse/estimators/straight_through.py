@@ -38,7 +38,6 @@ class StraightThrough(Estimator):
     Reference: those of :class:`~pyro_sparse.distributions.OneHotCategoricalST`.
     """
 
-    reparameterizes: ClassVar[bool] = True
     unbiased: ClassVar[bool] = False
 
     def __init__(self, jacobian: Jacobian = "softmax", temperature: float | Tensor = 1.0, num_draws: int = 10) -> None:

@@ -15,7 +15,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
-from pyro_sparse.estimators import VIMCO, Estimator, Exact
+from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
@@ -112,11 +112,12 @@ class EstimatorELBO(ELBO, nn.Module):
             raise ValueError(f"EstimatorELBO: expected costs in {COSTS}, got {costs!r}. Use one of them.")
         if kwargs.get("jit_options") is not None:
             raise ValueError("EstimatorELBO: expected no jit_options, got some. Run it eagerly: values are drawn anew.")
-        if isinstance(estimator, Mapping) and any(isinstance(e, VIMCO) for e in estimator.values()):
-            raise ValueError(
-                "EstimatorELBO: expected VIMCO alone, got it in a dict. It is the whole ELBO: pass it alone."
-            )
         self.assignment = Assignment(estimator)
+        bounds = [type(e).__name__ for e in self.assignment.entries.values() if e.objective == "bound"]
+        if bounds and isinstance(estimator, Mapping):
+            raise ValueError(
+                f"EstimatorELBO: expected {bounds[0]} alone, got it in a dict. It is the whole ELBO: pass it alone."
+            )
         self.analytic_kl = analytic_kl
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
@@ -127,8 +128,10 @@ class EstimatorELBO(ELBO, nn.Module):
         self._record: StepRecord | None = None
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
-        if analytic_kl and self._vimco is not None:
-            raise ValueError("EstimatorELBO: expected no analytic_kl with VIMCO, got it. Its weights need log-probs.")
+        if analytic_kl and bounds:
+            raise ValueError(
+                f"EstimatorELBO: expected no analytic_kl with {bounds[0]}, got it. Its weights need log-probs."
+            )
         self._set_particles(self.assignment.entries)
 
     @property
@@ -140,9 +143,10 @@ class EstimatorELBO(ELBO, nn.Module):
         return None if self._record is None else self._record.summary()
 
     @property
-    def _vimco(self) -> VIMCO | None:
+    def _bound(self) -> Estimator | None:
+        """That whose n-particle bound is the loss."""
         entry = self.assignment.entries.get("*")
-        return entry if isinstance(entry, VIMCO) else None
+        return entry if entry is not None and entry.objective == "bound" else None
 
     def _set_particles(self, estimators: Mapping[str, Estimator]) -> None:
         """Takes the number of particles that the estimators ask for."""
@@ -250,10 +254,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
-        on_rows = any(
-            isinstance(e, Exact) and e.mode == "packed" for e in estimators.values()
-        )  # compared by themselves
-        if is_validation_enabled() and not self._compared and not on_rows:
+        if is_validation_enabled() and not self._compared and not _packs(estimators):  # which compare by themselves
             require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
 
@@ -334,8 +335,8 @@ class EstimatorELBO(ELBO, nn.Module):
     # Estimates
 
     def _group_loss(self, group: list[Run]) -> Tensor:
-        if self._vimco is not None:
-            return -importance_bound(self._vimco, group[0], self._particle_dim)[0]
+        if self._bound is not None:
+            return -importance_bound(self._bound, group[0], self._particle_dim)[0]
         return self._mean([run.weighted(run.elbo()) for run in group])
 
     def _mean(self, elbos: list[Tensor]) -> Tensor:
@@ -351,8 +352,8 @@ class EstimatorELBO(ELBO, nn.Module):
         self, group: list[Run], model: Any, guide: Any, args: Any, kwargs: Any
     ) -> tuple[Tensor, list[Update]]:
         """The surrogate loss of a group, and what moves the running means afterwards."""
-        if self._vimco is not None:
-            return -importance_bound(self._vimco, group[0], self._particle_dim)[1], []
+        if self._bound is not None:
+            return -importance_bound(self._bound, group[0], self._particle_dim)[1], []
         reruns: dict[str, list[Run]] = {}
 
         def rerun(kind: str) -> list[Run]:
@@ -368,4 +369,5 @@ class EstimatorELBO(ELBO, nn.Module):
 
 def _packs(estimators: Mapping[str, Estimator | None]) -> bool:
     """Whether the model is to run on packed rows of some site."""
-    return any(isinstance(e, Exact) and e.mode == "packed" for e in estimators.values())
+    asked = (e.enumeration for e in estimators.values() if e is not None)
+    return any(how is not None and how.mode == "packed" for how in asked)

@@ -20,7 +20,8 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_sparse.estimators import exact
-from pyro_sparse.estimators.exact import Gather, check_expansion
+from pyro_sparse.estimators.base import Gather
+from pyro_sparse.estimators.exact import check_expansion
 from pyro_sparse.infer.discrete import marginals, posterior_run
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.choice import Choice

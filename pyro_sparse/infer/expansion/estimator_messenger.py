@@ -10,8 +10,8 @@ from pyro.distributions import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_sparse.estimators import Estimator, Exact, Plate, Site, Slots
-from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
+from pyro_sparse.estimators import Estimator, Plate, Site, Slots
+from pyro_sparse.estimators.base import Enumeration, lists_outcomes, require_outcomes
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.law import law, padded_law
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
@@ -30,7 +30,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         args, kwargs: the guide's arguments, which baselines may see.
         subsamples: the indices that plates are to reuse.
         kind: "mode" puts each score-function site without slots at its mode.
-        whole: the sites with :class:`Exact` whose masked rows take all their outcomes; None for all.
+        whole: the enumerated sites whose masked rows take all their outcomes; None for all.
     """
 
     owner = "EstimatorELBO"
@@ -63,9 +63,9 @@ class EstimatorMessenger(MaskedRowsMessenger):
         """Makes it new for a run."""
         self.estimators: dict[str, Estimator] = {}
         self.slots: dict[str, Slots] = {}
-        self.laws: dict[str, Any] = {}  # of sites with slots: what those were drawn from
+        self.laws: dict[str, Any] = {}  # of sites whose slots were drawn: what from
         self.num_laid_out = 0
-        self.packed: dict[str, Exact] = {}  # sites whose outcomes are rows for the model
+        self.packed: dict[str, Enumeration] = {}  # sites whose outcomes are rows for the model
         self.masked, self.narrowed = False, {}
         self.relaxed: list[str] = []  # sites with values between the outcomes
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
@@ -105,7 +105,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
                 f"EstimatorELBO, site '{name}': expected no pyro.markov around a site with {type(estimator).__name__}, "
                 "got one. Use SparseEnumELBO or TraceEnum_ELBO, which recycle its dims, or LeaveOneOut."
             )
-        if not isinstance(estimator, Exact):
+        if (how := estimator.enumeration) is None:
             self.laws[name] = padded_law(msg["fn"], self._dims_right_of_slots())
             slots = estimator.draw(self._site(msg, self.laws[name]))
             missing = slots.values.dim() - 1 - len(msg["fn"].batch_shape + msg["fn"].event_shape)
@@ -115,17 +115,17 @@ class EstimatorMessenger(MaskedRowsMessenger):
                 self.relaxed.append(name)
         else:
             if not getattr(law(msg["fn"]), "has_sparse_support", False):  # whose support it may list without all others
-                require_outcomes("Exact", self._site(msg, law(msg["fn"])))
-            self.layout = layouts.union if estimator.mode == "union" else layouts.padded
-            self.max_support = estimator.max_support
-            if estimator.mode == "packed":
-                self.packed[name] = estimator
+                require_outcomes(type(estimator).__name__, self._site(msg, law(msg["fn"])))
+            self.layout = layouts.union if how.mode == "union" else layouts.padded
+            self.max_support = how.max_support
+            if how.mode == "packed":
+                self.packed[name] = how
         # Without the options that would make the stock messenger sample.
         infer = {key: value for key, value in msg["infer"].items() if key not in ("num_samples", "tmc")}
         msg["infer"] = {**infer, "enumerate": "parallel"}
         super()._pyro_sample(msg)
         self.num_laid_out += 1
-        if not isinstance(estimator, Exact):
+        if how is None:
             self.slots[name] = slots._replace(values=msg["value"])
 
     def _dims_right_of_slots(self) -> int:
@@ -138,7 +138,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         )
 
     def _enumerates(self, msg: Any) -> bool:
-        return isinstance(self.estimators[msg["name"]], Exact) and super()._enumerates(msg)
+        return msg["name"] not in self.laws and super()._enumerates(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if "_enumerate_dim" in msg["infer"]:

@@ -19,7 +19,7 @@ from pyro.util import check_site_shape
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves
 
-from pyro_sparse.estimators.exact import Gather
+from pyro_sparse.estimators.base import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
 from pyro_sparse.infer.expansion.rows import Rows, has_rows, joined, place, with_dims
 from pyro_sparse.infer.expansion.views import with_fixed_value
