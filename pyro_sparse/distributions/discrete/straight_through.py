@@ -24,13 +24,13 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
-from torch.distributions import Independent
 
 from pyro_sparse._precision import widened
 from pyro_sparse._relaxation import Jacobian, check_stand_in, draw_with_stand_in, exact_logits, straight_through
 from pyro_sparse._relaxation import linear_log_prob as _linear
 from pyro_sparse.distributions.checks import check_floating, checked
 from pyro_sparse.distributions.half_precision import HalfPrecision
+from pyro_sparse.distributions.unwrapped import unwrapped
 
 
 class _StraightThrough(HalfPrecision):
@@ -117,13 +117,6 @@ class _StraightThrough(HalfPrecision):
         if log_prob.requires_grad and not value.requires_grad:
             return ScoreParts(log_prob, log_prob, 0)  # type: ignore[arg-type]
         return ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]
-
-
-def unwrapped(d: Any) -> Any:
-    """What is left of a distribution without ``to_event`` and ``mask``."""
-    while isinstance(d, (Independent, dist.MaskedDistribution)):
-        d = d.base_dist
-    return d
 
 
 def is_straight_through(d: Any) -> bool:

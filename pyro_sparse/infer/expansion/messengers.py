@@ -12,6 +12,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.distributions.unwrapped import unwrapped
 from pyro_sparse.infer.expansion.law import masks
 from pyro_sparse.infer.expansion.layouts import Layout, dense, padded
 from pyro_sparse.infer.expansion.views import with_values
@@ -104,12 +105,9 @@ class SparseEnumMessenger(EnumMessenger):
         fn, infer, name = msg["fn"], msg["infer"], msg["name"]
         if self.guide_sites is not None and (name in self.guide_sites or infer.get("enumerate") != "parallel"):
             return False
-        base = fn
-        while not isinstance(base, SparseDistribution) and hasattr(base, "base_dist"):
-            base = base.base_dist
-        if not isinstance(base, SparseDistribution):
-            return False
-        if base is not fn:
+        if not isinstance(fn, SparseDistribution):
+            if not isinstance(base := unwrapped(fn), SparseDistribution):
+                return False
             raise ValueError(
                 f"{self.owner}, site '{name}': expected one outcome per plate element, got {base} under .to_event() "
                 f"or another wrapper ({type(fn).__name__}). Use a pyro.plate for its batch dims."

@@ -19,7 +19,7 @@ from torch.distributions import Bernoulli, Independent, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits, linear_log_prob
 from pyro_sparse.distributions import SparseOneHotCategorical
-from pyro_sparse.distributions.discrete.straight_through import unwrapped
+from pyro_sparse.distributions.unwrapped import unwrapped
 from pyro_sparse.infer.expansion.law import full_score_parts, law
 
 
