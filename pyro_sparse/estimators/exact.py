@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_sparse.estimators.base import Enumeration, Estimator, Gather, Site, Slots, require_outcomes
 
-MODES = ("padded", "union", "packed")
+MODES = ("padded", "union", "packed", "auto")
 
 
 class Exact(Estimator):
@@ -17,11 +17,12 @@ class Exact(Estimator):
     has a sparse support, one per outcome with positive probability. **Needs from the guide:** a finite support.
 
     Args:
-        mode: how a sparse support is laid out for the model: ``"padded"``, ``"union"`` or ``"packed"``, as
+        mode: how a sparse support is laid out for the model: ``"padded"``, ``"union"``, ``"packed"`` or ``"auto"``, as
             :class:`~pyro_sparse.infer.SparseEnumELBO` describes them. Packed sites share one plate, and their options.
+            Beside a closed-form KL divergence, or another site with ``"packed"``, ``"auto"`` packs none.
         max_support: refuse a batch in which one example's support is larger.
         chunk_rows: in mode ``"packed"``: on how many rows the model runs at a time.
-        gather: in mode ``"packed"``: places arguments; see :class:`~pyro_sparse.infer.SparseEnumELBO`.
+        gather: in modes ``"packed"`` and ``"auto"``: places arguments; see :class:`~pyro_sparse.infer.SparseEnumELBO`.
         check: in mode ``"packed"``: whether the first run under Pyro's validation is compared with an ordinary one.
 
     Raises:

@@ -18,6 +18,7 @@ from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
+from pyro_sparse.infer.expansion.choice import Choice
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
@@ -27,6 +28,7 @@ from pyro_sparse.infer.runs.on_rows import Compared
 from pyro_sparse.infer.runs.ordinary import guess_nesting
 from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
+from pyro_sparse.infer.runs.together import evaluated
 from pyro_sparse.infer.runs.traces import Traces
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.bound import importance_bound
@@ -125,6 +127,8 @@ class EstimatorELBO(ELBO, nn.Module):
         self._rows_compared = Compared()
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._rows = MaskedRows()
+        self._choice = Choice()  # for sites with Exact("auto")
+        self._choosing = False  # whether there are such sites, of which nothing was counted yet
         self._record: StepRecord | None = None
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
@@ -231,6 +235,8 @@ class EstimatorELBO(ELBO, nn.Module):
         refuse_guide_messenger("EstimatorELBO", guide)
         if not self._ready:
             self._prepare(model, guide, args, kwargs)
+        if self._choosing:
+            self._count_work(model, guide, args, kwargs)
         self._record = StepRecord()
         particles = 1 if self.vectorize_particles else self.num_particles
         if self._joint:
@@ -246,6 +252,14 @@ class EstimatorELBO(ELBO, nn.Module):
                 if expansion.estimators and (expansion.num_laid_out or self._in_a_plate):
                     self._check_rows(expansion.estimators, Alone(model, guide, args, kwargs))
                 yield runs
+        if self._choice.uncounted:
+            self._count_work(model, guide, args, kwargs)
+
+    def _count_work(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        """Counts what the slots of sites with ``Exact("auto")`` cost, in runs that leave no trace."""
+        program, self._choosing = self._program(model, guide, args, kwargs), False
+        with undisturbed(), poutine.block(), evaluated():
+            self._choice.count(program.sites_of_probe, int(self.max_plate_nesting))
 
     @property
     def _in_a_plate(self) -> bool:
@@ -254,7 +268,8 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
-        if is_validation_enabled() and not self._compared and not _packs(estimators):  # which compare by themselves
+        on_rows = _asks(estimators, "packed")  # compared by themselves
+        if is_validation_enabled() and not self._compared and not on_rows:
             require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
 
@@ -272,11 +287,27 @@ class EstimatorELBO(ELBO, nn.Module):
             if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
                 served = {name: e for name, e in found.items() if e is not None}
                 with explained(Alone(model, guide, args, kwargs), lambda: None, lambda: smooth_sites(trace, served)):
-                    guess_nesting(self, model, guide, args, kwargs, on_rows=_packs(served))
+                    guess_nesting(self, model, guide, args, kwargs, on_rows=_asks(served, "packed"))
             if found and (slots or self._in_a_plate):
                 self._check_rows(found, Alone(model, guide, args, kwargs))
         self.assignment.serve()
+        self._choosing = _asks(found, "auto")
         self._ready = True
+
+    def _program(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Program:
+        def count_plates() -> float:
+            with undisturbed():
+                guess_nesting(self, model, guide, args, kwargs, on_rows=_asks(self.assignment.entries, "packed"))
+            return self.max_plate_nesting
+
+        alone = Alone(model, guide, args, kwargs)
+        own_model, own_guide = model, guide
+        if self._in_a_plate:  # whose plates have been counted
+            particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
+            own_guide, own_model = particles(guide), particles(model)
+        find, nesting, watched = self.assignment.find, self.max_plate_nesting, self.costs == "graph"
+        chosen = self._rows_compared, self._choice, self.analytic_kl
+        return Program(own_model, own_guide, args, kwargs, find, count_plates, nesting, alone, watched, *chosen)
 
     def _particle(
         self,
@@ -288,27 +319,15 @@ class EstimatorELBO(ELBO, nn.Module):
         subsamples: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Run]:
         """One run, or one for each outcome of the sites enumerated sequentially."""
-
-        def count_plates() -> float:
-            with undisturbed():
-                guess_nesting(self, model, guide, args, kwargs, on_rows=_packs(self.assignment.entries))
-            return self.max_plate_nesting
-
-        alone = Alone(model, guide, args, kwargs)
-        if self._in_a_plate:  # whose plates have been counted
-            particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
-            guide, model = particles(guide), particles(model)
-        find, nesting, watched = self.assignment.find, self.max_plate_nesting, self.costs == "graph"
-        compared = self._rows_compared
-        program = Program(model, guide, args, kwargs, find, count_plates, nesting, alone, watched, compared)
-        reader = Reader(find, self.assignment.find_for_score, self.analytic_kl)
+        program = self._program(model, guide, args, kwargs)
+        reader = Reader(self.assignment.find, self.assignment.find_for_score, self.analytic_kl)
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
             traces, kls = self._run_once_or_again(program, reader, kind, subsamples, wrap)
             result = reader.read(traces, kls)
             self.assignment.serve()
             if kind == "draw" and self._record is not None:
-                self._record.add(traces.expansion.sites, traces.model, traces.guide, traces.ran_on)
+                self._record.add(traces.expansion.sites, traces.model, traces.guide, traces.ran_on, self._choice.taken)
             return result
 
         if not self._sequential:
@@ -367,7 +386,7 @@ class EstimatorELBO(ELBO, nn.Module):
         return surrogates.of_group(group, rerun)
 
 
-def _packs(estimators: Mapping[str, Estimator | None]) -> bool:
-    """Whether the model is to run on packed rows of some site."""
+def _asks(estimators: Mapping[str, Estimator | None], mode: str) -> bool:
+    """Whether the outcomes of some site are to be listed in this mode."""
     asked = (e.enumeration for e in estimators.values() if e is not None)
-    return any(how is not None and how.mode == "packed" for how in asked)
+    return any(how is not None and how.mode == mode for how in asked)

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, SVI, TraceEnum_ELBO, config_enumerate
 from torch import Size, Tensor, nn
 
@@ -20,6 +21,8 @@ from pyro_sparse.diagnostics import peak_memory
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.estimators import Exact, LeaveOneOut, RaoBlackwell
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
+from pyro_sparse.infer.expansion import choice
+from pyro_sparse.infer.expansion.layouts import Layout, padded
 from pyro_sparse.infer.expansion.rows import Rows
 from pyro_sparse.infer.runs.on_rows import OnRows
 from pyro_sparse.testing.comparison import clean_room, wrong_quantities
@@ -44,25 +47,50 @@ def with_exact(case: Case, mode: str) -> Callable[..., ELBO]:
     return partial(EstimatorELBO, {name: Exact(mode) for name in sites})
 
 
+def packs_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mode "auto" takes packed rows wherever there are any, at the first step."""
+
+    def cheapest(ratios: Any, nesting: int, uncounted: Any, taken: dict[str, str], unpackable: Any) -> Layout:
+        def layout(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
+            taken[name] = "padded" if name in unpackable else "packed"
+            return padded(name, fn, shared_dims)
+
+        return layout
+
+    everything = type("Everything", (set,), {"__contains__": lambda self, item: True})()
+    monkeypatch.setattr(choice, "cheapest", cheapest)
+    monkeypatch.setattr(choice, "WORTHWHILE", math.inf)
+    monkeypatch.setattr(choice.Choice, "_meeting", property(lambda self: everything, lambda self, value: None), False)
+
+
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("how", "case"),
     [  # each program on all rows at once, and in one of the other ways; some in the fast suite
-        pytest.param(how, case, id=f"{how}-{case.name}", marks=[] if i % 20 == 3 * j else pytest.mark.slow)
+        pytest.param(
+            how, case, id=f"{how}-{case.name}", marks=[] if (i + 5) % 60 == 5 * j or i % 20 == j == 0 else SLOW
+        )
         for i, case in enumerate(packed_grid(200))
-        for j, how in enumerate(["rows", "rows of 1", "rows of 7", "estimator"])
-        if j in (0, 1 + i % 3)
+        for j, how in enumerate(["rows", "rows of 1", "rows of 7", "estimator", "estimator, auto"])
+        if j in (0, 1 + i % 4)
     ],
 )
-def test_equals_dense_enumeration(how: str, case: Case) -> None:
-    if how != "estimator":
+def test_equals_dense_enumeration(how: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = "packed"
+    if how == "estimator, auto":
+        mode = "auto"
+        packs_all(monkeypatch)
+    if not how.startswith("estimator"):
         check_elbo(ours(how, case), cases=[case])
     elif "monte_carlo" not in case.name and "guessed" not in case.name:
-        check_elbo(with_exact(case, "packed"), cases=[case])
+        check_elbo(with_exact(case, mode), cases=[case])
     else:  # under TraceEnum_ELBO a draw's score function has another cost, and guesses take random numbers
         with clean_room():
             expected = evaluate(with_exact(case, "padded"), case, case.guide)
         with clean_room():
-            got = evaluate(with_exact(case, "packed"), case, case.guide)
+            got = evaluate(with_exact(case, mode), case, case.guide)
         assert not wrong_quantities(expected, got, 1e-10)
 
 
@@ -517,6 +545,56 @@ def test_auto_packs_what_is_seen_together_only(joint: bool, rows: int) -> None:
     losses = [elbo.loss(lambda x: model.func(x), lambda x: guide.func(x), images) for _ in range(3)]  # type: ignore[attr-defined]
     assert max(losses) - min(losses) < 1e-10
     assert elbo.last_stats is not None and elbo.last_stats.model_rows == rows
+
+
+ELBOS: dict[str, Callable[[], Any]] = {
+    "sparse": lambda: SparseEnumELBO("auto", max_plate_nesting=1),
+    "Exact": lambda: EstimatorELBO(Exact("auto"), max_plate_nesting=1),
+    "graph": lambda: EstimatorELBO({"a": Exact("auto"), "b": Exact("auto")}, costs="graph"),
+}
+
+
+@pytest.mark.parametrize("how", ["Exact", "graph"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_exact_chooses_as_sparse_enum_does(joint: bool, how: str) -> None:
+    (model, guide), images, found = two_codes(joint), table("images", 8, 2), []
+    for name in ("sparse", how):
+        elbo = ELBOS[name]()
+        losses = [elbo.loss(lambda x: model.func(x), lambda x: guide.func(x), images) for _ in range(2)]  # type: ignore[attr-defined]
+        found.append((elbo.last_stats, elbo._choice.ratios, losses))
+    (stats, ratios, expected), (own_stats, own_ratios, losses) = found
+    assert own_ratios == ratios and own_stats == stats
+    assert losses == pytest.approx(expected, abs=1e-10)
+    assert stats.layouts == dict.fromkeys("ab", "packed" if joint else "padded")
+
+
+def test_nothing_is_packed_beside_a_closed_form() -> None:
+    """A prior must be known in slots, of which mode "packed" tells the user."""
+    model, guide = two_codes(True)
+    images, losses = table("images", 8, 2), []
+    for mode in ("padded", "auto"):
+        elbo = EstimatorELBO(Exact(mode), analytic_kl=True, max_plate_nesting=1)
+        losses += [elbo.loss(lambda x: model.func(x), lambda x: guide.func(x), images) for _ in range(3)]  # type: ignore[attr-defined]
+    assert losses == pytest.approx([losses[0]] * 6, abs=1e-10)
+    assert elbo.last_stats is not None and "packed" not in elbo.last_stats.layouts.values()
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "layout"),
+    [
+        ("padded", {}, "padded"),
+        ("union", {}, "union"),
+        ("packed", {}, "packed"),
+        ("packed", {"enumerate_support": "dense"}, "packed"),
+        ("padded", {"enumerate_support": "dense"}, "dense"),
+    ],
+)
+def test_statistics_name_the_layout(mode: str, options: dict[str, str], layout: str) -> None:
+    vae = Vae()
+    guide = poutine.infer_config(vae.guide, lambda site: options if site["name"] == "z" else {})
+    for elbo in (SparseEnumELBO(mode), EstimatorELBO({"z": Exact(mode)})):
+        elbo.loss(vae.model, guide, vae.images)
+        assert elbo.last_stats is not None and elbo.last_stats.layouts == {"z": layout}
 
 
 def test_statistics_of_an_estimator() -> None:

@@ -15,7 +15,7 @@ from pyro_sparse.estimators.base import Enumeration, lists_outcomes, require_out
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.law import law, padded_law
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
-from pyro_sparse.infer.expansion.messengers import PlatesUnknownError
+from pyro_sparse.infer.expansion.messengers import PlatesUnknownError, SparseSite
 from pyro_sparse.infer.expansion.views import with_linear_log_prob, with_values
 from pyro_sparse.infer.pyro_internals import PARTICLES, Frame, is_subsample
 
@@ -31,6 +31,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         subsamples: the indices that plates are to reuse.
         kind: "mode" puts each score-function site without slots at its mode.
         whole: the enumerated sites whose masked rows take all their outcomes; None for all.
+        auto: the layout of sites with mode "auto".
     """
 
     owner = "EstimatorELBO"
@@ -44,6 +45,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         subsamples: Mapping[str, Tensor] | None = None,
         kind: str = "draw",
         whole: Collection[str] | None = None,
+        auto: layouts.Layout = layouts.padded,
     ) -> None:
         self.knows_plates = nesting != float("inf")
         finite = int(nesting) if self.knows_plates else 0
@@ -52,6 +54,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         self.args, self.kwargs = args, kwargs
         self.fixed = dict(subsamples or {})
         self.kind = kind
+        self.auto = auto
         self.forget()
 
     def __enter__(self) -> EstimatorMessenger:
@@ -66,6 +69,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         self.laws: dict[str, Any] = {}  # of sites whose slots were drawn: what from
         self.num_laid_out = 0
         self.packed: dict[str, Enumeration] = {}  # sites whose outcomes are rows for the model
+        self.choosing: dict[str, Enumeration] = {}  # sites whose outcomes may be
         self.masked, self.narrowed = False, {}
         self.relaxed: list[str] = []  # sites with values between the outcomes
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
@@ -88,6 +92,11 @@ class EstimatorMessenger(MaskedRowsMessenger):
             msg["value"] = mode(law(msg["fn"]), msg["name"])
         elif estimator.splits:
             msg["value"] = estimator.reparameterized(self._site(msg, law(msg["fn"])))
+
+    @property
+    def sites_to_choose(self) -> dict[str, SparseSite]:
+        """The sparse sites with mode "auto"."""
+        return {name: site for name, site in self.sites.items() if name in self.choosing}
 
     @property
     def split(self) -> frozenset[str]:
@@ -116,10 +125,10 @@ class EstimatorMessenger(MaskedRowsMessenger):
         else:
             if not getattr(law(msg["fn"]), "has_sparse_support", False):  # whose support it may list without all others
                 require_outcomes(type(estimator).__name__, self._site(msg, law(msg["fn"])))
-            self.layout = layouts.union if how.mode == "union" else layouts.padded
+            self.layout = {"union": layouts.union, "auto": self.auto}.get(how.mode, layouts.padded)
             self.max_support = how.max_support
-            if how.mode == "packed":
-                self.packed[name] = how
+            if how.mode in ("packed", "auto"):
+                (self.packed if how.mode == "packed" else self.choosing)[name] = how
         # Without the options that would make the stock messenger sample.
         infer = {key: value for key, value in msg["infer"].items() if key not in ("num_samples", "tmc")}
         msg["infer"] = {**infer, "enumerate": "parallel"}

@@ -25,10 +25,14 @@ class PlatesUnknownError(Exception):
 
 @dataclass(frozen=True)
 class SparseSite:
-    """What one enumerated site had: the support size of each row (0 if masked), the number of outcomes, if known."""
+    """
+    What one enumerated site had: the support size of each row (0 if masked), the number of outcomes, if known, and the
+    name of its layout.
+    """
 
     support_size: Tensor
     num_outcomes: int | None
+    layout: str
 
 
 def outside_window(owner: str, name: str, where: str) -> ValueError:
@@ -137,11 +141,12 @@ class SparseEnumMessenger(EnumMessenger):
                 f"{self.owner}, site '{name}': expected supports of at most max_support={self.max_support} outcomes, "
                 f"got {int(sizes.max())}. Raise max_support, or use a sparser projection or larger scores."
             )
-        self.sites[name] = SparseSite(sizes, fn.num_outcomes)
+        layout = dense if asked == "dense" else self.layout
+        self.sites[name] = SparseSite(sizes, fn.num_outcomes, layout.__name__)
         # In pyro.markov enumeration dims are recycled: values must not carry those of the site's parents.
         upstream = range(-len(fn.batch_shape), -self.max_plate_nesting)
         shared = tuple(upstream) if "_markov_scope" in msg["infer"] else ()
-        return (dense if asked == "dense" else self.layout)(name, fn, shared)
+        return layout(name, fn, shared)
 
 
 def _is_open(fn: SparseDistribution) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +115,13 @@ class Rows:
             if size > 1:
                 index, stride = index + stride * places, stride * size
         return index
+
+
+class Ran(NamedTuple):
+    """On how many rows the model ran, and of which sites."""
+
+    rows: int
+    sites: frozenset[str]
 
 
 def with_dims(value: Tensor, dims: int) -> Tensor:

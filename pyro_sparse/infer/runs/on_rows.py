@@ -21,7 +21,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from pyro_sparse.estimators.base import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
-from pyro_sparse.infer.expansion.rows import Rows, has_rows, joined, place, with_dims
+from pyro_sparse.infer.expansion.rows import Ran, Rows, has_rows, joined, place, with_dims
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, handlers_around, is_subsample
 from pyro_sparse.infer.runs.again import made_again
@@ -69,7 +69,7 @@ class OnRows:
     check: bool = True
     fixed: Collection[str] = ()
 
-    def model_trace(self, model: Any, alone: Alone, guide_trace: Any, rows: Rows | None) -> tuple[Any, int | None]:
+    def model_trace(self, model: Any, alone: Alone, guide_trace: Any, rows: Rows | None) -> tuple[Any, Ran | None]:
         """The model's trace on the guide's values, without rows an ordinary one; and on how many rows it ran."""
         args, kwargs = alone.args, alone.kwargs
         if rows is None:
@@ -82,7 +82,7 @@ class OnRows:
             self.check_once(model, args, kwargs, guide_trace, rows)
             return self.run(model, args, kwargs, guide_trace, rows)
 
-    def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, int]:
+    def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, Ran]:
         """The model's trace, with log-probabilities in slots, and on how many rows its largest site ran."""
         if self.chunk_rows is not None and (around := handlers_around()):
             raise ValueError(
@@ -113,7 +113,7 @@ class OnRows:
             scored[:] = [None]  # the backward pass holds it, and would hold what the nodes do
         for name, parts in sites.items():
             result.add_node(name, **_in_slots(self.owner, parts, guide_trace, self.nesting))
-        return result, ran_on
+        return result, Ran(ran_on, rows.sites)
 
     def _runs_on_one(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> bool:
         try:
