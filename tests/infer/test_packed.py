@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 import pyro_sparse.distributions as sdist
 from pyro_sparse.diagnostics import peak_memory
 from pyro_sparse.distributions import SparseDistribution
-from pyro_sparse.estimators import Exact, LeaveOneOut, RaoBlackwell
+from pyro_sparse.estimators import REBAR, Exact, LeaveOneOut, RaoBlackwell
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
 from pyro_sparse.infer.expansion import choice
 from pyro_sparse.infer.expansion.layouts import Layout, padded
@@ -579,6 +579,38 @@ def test_nothing_is_packed_beside_a_closed_form() -> None:
     assert elbo.last_stats is not None and "packed" not in elbo.last_stats.layouts.values()
 
 
+@pytest.mark.parametrize("make", [lambda: LeaveOneOut(3), lambda: RaoBlackwell(), lambda: REBAR()])
+def test_exact_chooses_beside_drawn_sites(make: Callable[[], Any]) -> None:
+    """The same draws, and the same gradient, on rows; counting leaves the generators as they were."""
+    images, net = table("images", 8, 2), nn.Linear(40, 2)
+    scores = torch.full((8, 40), -50.0)
+    scores[1:, 7], scores[0, :20] = 0.0, 0.0
+
+    def model(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            b = pyro.sample("b", dist.Bernoulli(0.4))
+            z = torch.eye(40)[pyro.sample("z", dist.Categorical(logits=torch.zeros(40)))]
+            pyro.sample("x", dist.Normal(torch.tanh(net(z) + b[..., None]), 1.0).to_event(1), obs=images)
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            b = pyro.sample("b", dist.Bernoulli(logits=pyro.param("logits", torch.zeros(8))))
+            pyro.sample("z", sdist.SparseCategorical(pyro.param("scores", scores.clone()) + 0.1 * b[..., None]))
+
+    found = []
+    for mode in ("padded", "auto"):
+        pyro.clear_param_store()
+        elbo = EstimatorELBO({"z": Exact(mode), "b": make()})
+        for seed in range(2):
+            torch.manual_seed(seed)
+            loss = elbo.loss_and_grads(model, guide, images)
+        found.append([torch.tensor(loss), *(pyro.param(name).grad for name in ("logits", "scores"))])
+        assert elbo.last_stats is not None
+        assert elbo.last_stats.layouts == {"z": "packed" if mode == "auto" else "padded"}
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("mode", "options", "layout"),
     [
@@ -655,7 +687,7 @@ class SomeBits(SparseDistribution):
         return self.vertices.gather(0, index[None, ..., None].expand(1, *self.batch_shape, 40))[0]
 
 
-@pytest.mark.parametrize("how", ["padded", "union", "packed", "chunks", "auto", "exact", "exact packed"])
+@pytest.mark.parametrize("how", ["padded", "union", "packed", "chunks", "auto", "exact", "exact packed", "exact auto"])
 def test_a_family_over_2_to_the_40_vectors(how: str) -> None:
     vertices = (table("vertices", 3, B, 40) > 0).double()
     scores = nn.Parameter(2 * table("bits", B, 3))
