@@ -362,7 +362,7 @@ def test_gather_places_what_the_rule_does_not() -> None:
     with pytest.raises(ValueError, match=r"plate 'data': .*got subsample_size=5.*gather="):
         SparseEnumELBO("packed", max_plate_nesting=1).loss(model, guide, columns)
     wrong = SparseEnumELBO("packed", gather=lambda index, columns: ((columns[:, :3],), {}), max_plate_nesting=1)
-    with pytest.raises(ValueError, match=r"gather: expected tensors of \d+ rows, got shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"gather: expected tensors of \d+ rows, got args\[0\] of shape \(2, 3\)"):
         wrong.loss(model, guide, columns)
 
 
@@ -970,6 +970,60 @@ def same_as_dense(program: Program, elbo: ELBO, *args: Any) -> None:
 
 def normal(x: Tensor, loc: Tensor) -> None:
     pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def two_plates(latent: bool) -> Program:
+    """A second plate that takes its size from the first one's data."""
+    scores, locs = scores_of(1, 4, 2, 3, 1), 3 * table("locs", K)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("second", len(x)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0), obs=None if latent else x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            pyro.sample("x", dist.Normal(locs[z] + u, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        if latent:
+            with pyro.plate("second", len(x)):
+                pyro.sample("u", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", sdist.SparseCategorical(pyro.param("scores", scores)))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_second_plate_of_the_same_size_is_named(latent: bool, check: bool) -> None:
+    if not latent and not check:
+        return  # nothing compares it
+    elbos = SparseEnumELBO("packed", check=check), EstimatorELBO({"z": Exact("packed", check=check)})
+    expected = r"plate 'second': expected 5 elements" if latent else r"plate 'second' of 11 elements, not 5.*args\[0\]"
+    for elbo in elbos:
+        with pytest.raises(ValueError, match=expected):
+            elbo.loss(*two_plates(latent), table("x", 5))
+        pyro.clear_param_store()
+    if not latent:
+        same_as_dense(two_plates(latent), SparseEnumELBO("auto", max_plate_nesting=1), table("x", 5))
+
+
+@pytest.mark.parametrize("forgotten", [0, 1])
+def test_what_gather_leaves_as_it_was_is_named(forgotten: int) -> None:
+    program = simple(lambda x, z, y: normal(x, z + y), scores_of(1, 4, 2, 3, 1))
+    elbo = SparseEnumELBO("packed", max_plate_nesting=1)
+
+    def gather(index: Tensor, *args: Tensor) -> Any:
+        return [a if i == forgotten else a[index] for i, a in enumerate(args)], {}
+
+    elbo.gather = lambda *args: tuple(gather(*args))
+    with pytest.raises(
+        ValueError, match=rf"what gather= returned, args\[{forgotten}\] of shape \(5,\) as given, without"
+    ):
+        elbo.loss(*program, table("x", 5), table("y", 5))
+    elbo.gather = lambda index, x, y: ((x[index], y[index][1:]), {})
+    with pytest.raises(ValueError, match=r"expected tensors of 11 rows, got args\[1\] of shape \(10,\)"):
+        elbo.loss(*program, table("x", 5), table("y", 5))
 
 
 @pytest.mark.parametrize("mode", ["packed", "auto"])
