@@ -48,6 +48,18 @@ def config_estimators(
     return poutine.infer_config(guide, config_fn=config)  # type: ignore[arg-type]
 
 
+def asking_for_particles(estimators: Mapping[str, Estimator]) -> tuple[str, Estimator] | None:
+    """The first that needs particles of the whole program, with its site; raises unless all need the same."""
+    asking = {name: e for name, e in estimators.items() if e.num_particles > 1}
+    if len({(e.num_particles, e.vectorized) for e in asking.values()}) > 1:
+        raise ValueError(
+            "EstimatorELBO: expected one number of particles, got "
+            f"{ {name: e.num_particles for name, e in asking.items()} }. All sites share the program's particles: use "
+            "the same n."
+        )
+    return next(iter(asking.items()), None)
+
+
 class Assignment(nn.Module):
     """
     The estimators of an ELBO, one for each site: an object given for several serves the first, and a copy of it as it

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
 from pyro_sparse.estimators import Estimator
-from pyro_sparse.infer.assignment import Assignment
+from pyro_sparse.infer.assignment import Assignment, asking_for_particles
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.expansion.choice import Choice
+from pyro_sparse.infer.expansion.estimator_messenger import lists_by
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
@@ -68,7 +69,8 @@ class EstimatorELBO(ELBO, nn.Module):
 
     Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Masked rows of a
     sparse site with ``Exact`` take one outcome, unless a term that is not masked depends on them. Under Pyro's
-    validation the first run on several values at once is compared with runs on each.
+    validation the first run on several values at once is compared with runs on each. :attr:`last_stats` says what the
+    last step's supports and model rows were.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
@@ -99,6 +101,21 @@ class EstimatorELBO(ELBO, nn.Module):
 
     Reference: J. Schulman et al., *Gradient estimation using stochastic computation graphs*, NeurIPS 2015, §3; each
     estimator names its own.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.distributions import SparseCategorical
+        >>> from pyro_sparse.estimators import Exact, LeaveOneOut
+        >>> def model(scores=torch.zeros(3)):
+        ...     z, w = pyro.sample("z", dist.Categorical(logits=scores)), pyro.sample("w", dist.Poisson(2.0))
+        ...     pyro.sample("x", dist.Normal(0.5 * z + w, 1.0), obs=torch.tensor(2.0))
+        >>> def guide():
+        ...     pyro.sample("z", SparseCategorical(pyro.param("scores", torch.tensor([-2.0, 0.1, 0.3]))))
+        ...     pyro.sample("w", dist.Poisson(pyro.param("rate", torch.tensor(1.5))))
+        >>> elbo = EstimatorELBO({"z": Exact(), "*": LeaveOneOut(4)}, analytic_kl=True)  # Poisson has one
+        >>> loss = elbo.loss_and_grads(model, guide)
+        >>> elbo.last_stats.sites  # mean and largest support of z, which has three outcomes
+        {'z': (2.0, 2)}
     """
 
     def __init__(
@@ -154,18 +171,10 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _set_particles(self, estimators: Mapping[str, Estimator]) -> None:
         """Takes the number of particles that the estimators ask for."""
-        asking = {name: e for name, e in estimators.items() if e.num_particles > 1}
-        numbers = {(e.num_particles, e.vectorized) for e in asking.values()}
-        if not numbers:
+        if (asking := asking_for_particles(estimators)) is None:
             return
-        if len(numbers) > 1:
-            raise ValueError(
-                "EstimatorELBO: expected one number of particles, got "
-                f"{ {name: e.num_particles for name, e in asking.items()} }. All sites share the program's particles: "
-                "use the same n."
-            )
-        [(number, vectorized)] = numbers
-        name, estimator = next(iter(asking.items()))
+        name, estimator = asking
+        number, vectorized = estimator.num_particles, estimator.vectorized
         own = (vectorized and self.vectorize_particles) or self._joint
         if self.num_particles == number and own:
             return
@@ -268,7 +277,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
-        on_rows = _asks(estimators, "packed")  # compared by themselves
+        on_rows = lists_by(estimators, "packed")  # compared by themselves
         if is_validation_enabled() and not self._compared and not on_rows:
             require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
@@ -287,17 +296,17 @@ class EstimatorELBO(ELBO, nn.Module):
             if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
                 served = {name: e for name, e in found.items() if e is not None}
                 with explained(Alone(model, guide, args, kwargs), lambda: None, lambda: smooth_sites(trace, served)):
-                    guess_nesting(self, model, guide, args, kwargs, on_rows=_asks(served, "packed"))
+                    guess_nesting(self, model, guide, args, kwargs, on_rows=lists_by(served, "packed"))
             if found and (slots or self._in_a_plate):
                 self._check_rows(found, Alone(model, guide, args, kwargs))
         self.assignment.serve()
-        self._choosing = _asks(found, "auto")
+        self._choosing = lists_by(found, "auto")
         self._ready = True
 
     def _program(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Program:
         def count_plates() -> float:
             with undisturbed():
-                guess_nesting(self, model, guide, args, kwargs, on_rows=_asks(self.assignment.entries, "packed"))
+                guess_nesting(self, model, guide, args, kwargs, on_rows=lists_by(self.assignment.entries, "packed"))
             return self.max_plate_nesting
 
         alone = Alone(model, guide, args, kwargs)
@@ -356,10 +365,7 @@ class EstimatorELBO(ELBO, nn.Module):
     def _group_loss(self, group: list[Run]) -> Tensor:
         if self._bound is not None:
             return -importance_bound(self._bound, group[0], self._particle_dim)[0]
-        return self._mean([run.weighted(run.elbo()) for run in group])
-
-    def _mean(self, elbos: list[Tensor]) -> Tensor:
-        """A group's share of the loss."""
+        elbos = [run.weighted(run.elbo()) for run in group]
         total = -sum(elbos[1:], elbos[0])
         return total if self.num_particles == 1 else total / self.num_particles
 
@@ -384,9 +390,3 @@ class EstimatorELBO(ELBO, nn.Module):
         particle_dim = self._particle_dim if self._in_a_plate else 0
         surrogates = Surrogates(self.assignment.of, self.num_particles, self._joint, particle_dim)
         return surrogates.of_group(group, rerun)
-
-
-def _asks(estimators: Mapping[str, Estimator | None], mode: str) -> bool:
-    """Whether the outcomes of some site are to be listed in this mode."""
-    asked = (e.enumeration for e in estimators.values() if e is not None)
-    return any(how is not None and how.mode == mode for how in asked)

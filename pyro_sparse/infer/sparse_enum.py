@@ -57,7 +57,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
     asks for all K outcomes at a site; other sites behave as under ``TraceEnum_ELBO``. Model sites that the guide
     lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be. Masked rows of a
     guide site take one outcome, unless a term that is not masked depends on them. Under Pyro's validation the first run
-    on several outcomes at once is compared with runs on each.
+    on several outcomes at once is compared with runs on each. :attr:`last_stats` says what the last step's supports,
+    layouts and model rows were.
 
     In ``pyro.markov`` a site has the union of the supports that its parents give it, and may depend on enumerated sites
     within the window, ``history`` steps back, only: the dims of earlier ones are given to others. (Pyro does not look.)

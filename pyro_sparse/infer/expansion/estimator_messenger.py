@@ -154,6 +154,12 @@ class EstimatorMessenger(MaskedRowsMessenger):
             super()._pyro_post_sample(msg)
 
 
+def lists_by(estimators: Mapping[str, Estimator | None], mode: str) -> bool:
+    """Whether the outcomes of some site are to be listed in this mode."""
+    asked = (e.enumeration for e in estimators.values() if e is not None)
+    return any(how is not None and how.mode == mode for how in asked)
+
+
 def data_plates(
     frames: tuple[Frame, ...], subsamples: Mapping[str, Tensor], batch_shape: tuple[int, ...]
 ) -> tuple[Plate, ...]:
