@@ -84,8 +84,8 @@ class Site:
         memo: what a baseline leaves for its own :meth:`Baseline.update`.
         rerun: ``rerun("mode")`` and ``rerun("sample")`` give this site's cost, unscaled and detached, in one extra run
             of guide and model in which this and all other score-function sites take their mode or a new draw.
-        attached_cost: ``attached_cost()`` gives the cost attached to the slots' values, with the gradient by them of
-            its expectation over all that is drawn later.
+        attached_cost: ``attached_cost()`` gives the cost attached to the slots' values, with the gradient with respect
+            to them of its expectation over all that is drawn later.
     """
 
     name: str
@@ -155,8 +155,8 @@ class Estimator(nn.Module):
             which is then the whole loss.
         num_particles: how many particles of the whole program it needs; all estimators of an ELBO share them.
         vectorized: whether those particles are one vectorised run (else one run each).
-        relaxes: whether it differentiates the model by the slots' values, some of which, of weight zero, may lie
-            between the outcomes. Log-probabilities of the site are then linear in its value.
+        relaxes: whether it differentiates the model with respect to the slots' values, some of which, of weight zero,
+            may lie between the outcomes. Log-probabilities of the site are then linear in its value.
         enumeration: how the ELBO is to list all outcomes, in place of :meth:`draw`; None if it is not to.
         unbiased: whether its expectation is the gradient of the objective.
     """

@@ -55,7 +55,8 @@ def exact_gradient(
     Args:
         model, guide: as for :class:`pyro.infer.SVI`.
         args, kwargs: their arguments.
-        parameters: the tensors to differentiate by, such as those of ``pyro.get_param_store().named_parameters()``.
+        parameters: the tensors to differentiate with respect to, such as those of
+            ``pyro.get_param_store().named_parameters()``.
         strategy, max_outcomes: see :class:`EnumeratedELBO`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the checks of ELBOs share: a clean room to run in, when two numbers agree, what a trace has drawn."""
+"""For the checks of ELBOs: a clean room to run in, when two numbers agree, what a trace has drawn."""
 
 from __future__ import annotations
 

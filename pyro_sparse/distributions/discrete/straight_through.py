@@ -34,7 +34,7 @@ from pyro_sparse.distributions.unwrapped import unwrapped
 
 
 class _StraightThrough(HalfPrecision):
-    """What the families share: all but their values, of which they say how to read them off a one-hot vector."""
+    """All of the families but their values, of which they say how to read them off a one-hot vector."""
 
     has_rsample = True
 
@@ -159,7 +159,7 @@ class OneHotCategoricalST(_StraightThrough, dist.OneHotCategorical):
 
     Args:
         probs: probabilities, or
-        logits: unnormalised log-probabilities. The Jacobian is by the normalised ones, ``d.logits``.
+        logits: unnormalised log-probabilities. The Jacobian is with respect to the normalised ones, ``d.logits``.
         jacobian: see above.
         temperature: :math:`\tau > 0`, a number or a tensor that broadcasts to the batch shape, of ``"reinmax"`` and the
             Gumbel Jacobians: low ones have more variance; high ones more bias, which does not vanish with low ones.
