@@ -106,7 +106,7 @@ def differentiable_once(x: Tensor, message: str) -> Tensor:
 
 
 def underivable(x: Tensor, message: str) -> Tensor:
-    """Zeros that depend on a tensor, as far as autograd knows: who differentiates by it gets this ``RuntimeError``."""
+    """Zeros that depend on a tensor, as far as autograd knows: their derivative is this ``RuntimeError``."""
     zeros: Tensor = _Underivable.apply(x, message)
     return zeros
 

@@ -20,8 +20,9 @@ from pyro_sparse._precision import HALF, widened
 
 Jacobian = Literal["identity", "softmax", "reinmax", "gumbel-softmax", "gumbel-rao"]
 _ONCE = (
-    "straight-through draw: expected to be differentiated once, got a derivative of its derivative by what it was "
-    "drawn from, which means nothing: the first one is pretended. Use an exact estimator, or a variable with a density."
+    "straight-through draw: expected to be differentiated once, got a derivative of its derivative with respect to "
+    "what it was drawn from, which means nothing: the first one is pretended. Use an exact estimator, or a variable "
+    "with a density."
 )
 JACOBIANS: tuple[Jacobian, ...] = get_args(Jacobian)
 
@@ -81,8 +82,8 @@ def conditional_gumbels(log_probs: Tensor, hard: Tensor) -> Tensor:
 
 def tempered_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     r"""
-    :math:`\mathrm{softmax}(\theta / \tau)`. A logit of -inf has no part in any derivative: by :math:`\tau` it would be
-    0 * inf.
+    :math:`\mathrm{softmax}(\theta / \tau)`. A logit of -inf has no part in any derivative: that with respect to
+    :math:`\tau` would be 0 * inf.
     """
     off = logits == -math.inf
     return (logits.masked_fill(off, 0.0) / temperature).masked_fill(off, -math.inf).softmax(-1)
@@ -110,7 +111,7 @@ def draw_with_stand_in(
     logits: Tensor, jacobian: Jacobian, temperature: float | Tensor, num_draws: int
 ) -> tuple[Tensor, Tensor]:
     r"""
-    A one-hot draw h, by the Gumbel-max trick, and a stand-in whose derivative by the logits :math:`\theta` is
+    A one-hot draw h, by the Gumbel-max trick, and a stand-in. Its derivative with respect to the logits :math:`\theta`:
 
     ================== ================================================================================
     ``identity``       :math:`I`

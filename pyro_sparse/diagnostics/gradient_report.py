@@ -95,7 +95,7 @@ class GradientReport:
         width = max(len("estimator"), *map(len, self.estimators)) + 2
         whose = f"{self.num_parameters} chosen" if self.chosen else f"the guide's {self.num_parameters}"
         lines = [
-            f"Gradient by {whose} parameters: {self.num_samples} draws of each estimator, "
+            f"Gradient with respect to {whose} parameters: {self.num_samples} draws of each estimator, "
             f"after {self.warmup} steps to settle",
             f"Reference: {self.reference}; its norm: {norm}",
             f"{'estimator':<{width}}{'bias ± s.e.':>19}{'detectable':>12}{'variance ± s.e.':>18}{'evaluations':>13}"
@@ -165,10 +165,11 @@ def gradient_report(
     r"""
     Measures gradient estimators on your own model and guide, at the present values of their parameters.
 
-    For an estimate g of the gradient of the loss by the parameters of the guide: the bias :math:`E[g] - \nabla`, the
-    variance :math:`\mathrm{tr}\,\mathrm{Cov}[g]`, model evaluations and milliseconds. An equally precise gradient costs
-    variance times milliseconds; recommended is the estimator where that is least, among those that are unbiased by
-    construction and show no bias. A bias that was not detected, in an estimator that is biased, is called that.
+    For an estimate g of the gradient of the loss with respect to the parameters of the guide: the bias
+    :math:`E[g] - \nabla`, the variance :math:`\mathrm{tr}\,\mathrm{Cov}[g]`, model evaluations and milliseconds. An
+    equally precise gradient costs variance times milliseconds; recommended is the estimator where that is least, among
+    those that are unbiased by construction and show no bias. A bias that was not detected, in an estimator that is
+    biased, is called that.
 
     **Reference.** If every guide site has a finite support and nothing else is random, the gradient by enumeration, by
     Pyro's :class:`~pyro.infer.TraceEnum_ELBO`, which has no noise. If other noise is left (a reparameterised site, a
@@ -201,8 +202,8 @@ def gradient_report(
         num_samples: gradients of each, at least 4.
         reference: another ELBO to measure the bias against, of which ``num_samples`` gradients are drawn; or one of the
             names in ``estimators``.
-        parameters: what to differentiate by, of guide or model: tensors, or names in the param store or in a guide or
-            model that is a module, ``"encoder"`` standing for all that begin so.
+        parameters: what to differentiate with respect to, of guide or model: tensors, or names in the param store or in
+            a guide or model that is a module, ``"encoder"`` standing for all that begin so.
 
     Raises:
         ValueError: if there is no estimator, fewer than 4 samples, a guide without parameters, or no estimator that can

@@ -23,9 +23,9 @@ from pyro_sparse.distributions.discrete.straight_through import is_straight_thro
 from pyro_sparse.estimators import Estimator
 from pyro_sparse.infer.assignment import PARAM_PREFIX
 from pyro_sparse.infer.estimator_elbo import EstimatorELBO
+from pyro_sparse.infer.expansion.law import jumps
 from pyro_sparse.infer.runs.ordinary import run_once
 from pyro_sparse.infer.runs.undisturbed import undisturbed
-from pyro_sparse.infer.score_function import jumps
 
 PLAIN_RUNS = 10  # in which the parameters are found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyro_sparse.estimators.arms import ARMS, DisARM
-from pyro_sparse.estimators.base import Baseline, Estimator, Plate, Site, Slots
+from pyro_sparse.estimators.base import Baseline, Enumeration, Estimator, Plate, Site, Slots
 from pyro_sparse.estimators.baselines import (
     MovingAverage,
     NeuralBaseline,
@@ -54,6 +54,7 @@ __all__ = [
     "Sum",
     # to write one's own
     "Baseline",
+    "Enumeration",
     "Estimator",
     "Plate",
     "Site",

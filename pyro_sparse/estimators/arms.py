@@ -35,8 +35,6 @@ class ARMS(Estimator):
     ICML 2021, Theorem 3 and Algorithm 1.
     """
 
-    draws_slots = True
-
     def __init__(self, n: int) -> None:
         super().__init__()
         check_count(type(self).__name__, n)

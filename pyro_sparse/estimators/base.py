@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_sparse._precision import Accumulating
+
+Gather = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,17 @@ class Slots(NamedTuple):
         return self.num_enumerated == len(self.log_weights)
 
 
+@dataclass(frozen=True)
+class Enumeration:
+    """How an ELBO lists the outcomes of a site by itself: the options of :class:`~pyro_sparse.estimators.Exact`."""
+
+    mode: str = "padded"
+    max_support: int | None = None
+    chunk_rows: int | None = None
+    gather: Gather | None = None
+    check: bool = True
+
+
 @dataclass
 class Site:
     r"""
@@ -70,8 +84,8 @@ class Site:
         memo: what a baseline leaves for its own :meth:`Baseline.update`.
         rerun: ``rerun("mode")`` and ``rerun("sample")`` give this site's cost, unscaled and detached, in one extra run
             of guide and model in which this and all other score-function sites take their mode or a new draw.
-        attached_cost: ``attached_cost()`` gives the cost attached to the slots' values, with the gradient by them of
-            its expectation over all that is drawn later.
+        attached_cost: ``attached_cost()`` gives the cost attached to the slots' values, with the gradient with respect
+            to them of its expectation over all that is drawn later.
     """
 
     name: str
@@ -133,36 +147,64 @@ class Estimator(nn.Module):
     The surrogate stands for its first derivative. Where all slots are outcomes (:attr:`Slots.complete`) an ELBO puts in
     place of ours the sum of the costs, weighted by probabilities that keep their derivatives: it is right in all.
 
+    A subclass says which values its site has by what it implements, beside or in place of :meth:`forward`:
+    :meth:`draw`, several; :meth:`reparameterized`, one with a derivative; neither, a draw of the site's own.
+
     Attributes:
-        objective: what the gradient is the gradient of: ``"elbo"``, or ``"bound"`` for the n-particle bound.
+        objective: what the gradient is the gradient of: ``"elbo"``, or ``"bound"`` for the n-particle :meth:`bound`,
+            which is then the whole loss.
         num_particles: how many particles of the whole program it needs; all estimators of an ELBO share them.
         vectorized: whether those particles are one vectorised run (else one run each).
-        draws_slots: whether :meth:`draw` lays out several values of its site in a dim of their own.
-        relaxes: whether it differentiates the model by those, some of which, of weight zero, may lie between the
-            outcomes. Log-probabilities of the site are then linear in its value.
-        reparameterizes: whether, in place of all this, :meth:`reparameterized` gives one value with a derivative; the
-            site's KL divergence is then taken in closed form.
-        splits: whether :meth:`reparameterized` gives such a value to everything but the site's own log-probabilities;
-            their difference alone, with z held fixed, is then the cost of :meth:`forward`.
+        relaxes: whether it differentiates the model with respect to the slots' values, some of which, of weight zero,
+            may lie between the outcomes. Log-probabilities of the site are then linear in its value.
+        enumeration: how the ELBO is to list all outcomes, in place of :meth:`draw`; None if it is not to.
         unbiased: whether its expectation is the gradient of the objective.
     """
 
     objective: ClassVar[str] = "elbo"
     unbiased: ClassVar[bool] = True
     relaxes: ClassVar[bool] = False
-    reparameterizes: ClassVar[bool] = False
-    splits: ClassVar[bool] = False
     num_particles: int = 1
     vectorized: bool = True
-    draws_slots: bool = False
+
+    @property
+    def enumeration(self) -> Enumeration | None:
+        return None
 
     def draw(self, site: Site) -> Slots:
-        """Lays out the values on which the model runs. Called only where ``draws_slots``."""
+        """Lays out the values on which the model runs, in a dim of their own."""
         raise NotImplementedError
 
     def reparameterized(self, site: Site) -> Tensor:
-        """A draw with a derivative by the parameters of q. Called only where ``reparameterizes`` or ``splits``."""
+        """A draw with a derivative with respect to the parameters of q."""
         raise NotImplementedError
+
+    def bound(self, log_weights: Tensor) -> Tensor:
+        """The n-particle bound of log-weights ``(n, ...)``, of an estimator that has it for its objective."""
+        raise NotImplementedError
+
+    # Cached, so that a class or an object may set another.
+
+    @cached_property
+    def draws_slots(self) -> bool:
+        """Whether its site has several values: it implements :meth:`draw`, or says how they are listed."""
+        return type(self).draw is not Estimator.draw or self.enumeration is not None
+
+    @cached_property
+    def reparameterizes(self) -> bool:
+        """
+        Whether one value with a derivative is all there is to it: it implements :meth:`reparameterized` and no
+        :meth:`forward`. The site's KL divergence is then taken in closed form.
+        """
+        return type(self).reparameterized is not Estimator.reparameterized and type(self).forward is Estimator.forward
+
+    @cached_property
+    def splits(self) -> bool:
+        """
+        Whether everything but the site's own log-probabilities has such a value: it implements both. The difference of
+        those alone, with z held fixed, is then the cost of :meth:`forward`.
+        """
+        return type(self).reparameterized is not Estimator.reparameterized and not self.reparameterizes
 
     def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
         r"""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
-from pyro_sparse.estimators.base import Estimator, Site, Slots, require_outcomes
+from pyro_sparse.estimators.base import Enumeration, Estimator, Gather, Site, Slots, require_outcomes
 
-MODES = ("padded", "union", "packed")
-Gather = Callable[..., Any]
+MODES = ("padded", "union", "packed", "auto")
 
 
 class Exact(Estimator):
@@ -21,19 +17,18 @@ class Exact(Estimator):
     has a sparse support, one per outcome with positive probability. **Needs from the guide:** a finite support.
 
     Args:
-        mode: how a sparse support is laid out for the model: ``"padded"``, ``"union"`` or ``"packed"``, as
+        mode: how a sparse support is laid out for the model: ``"padded"``, ``"union"``, ``"packed"`` or ``"auto"``, as
             :class:`~pyro_sparse.infer.SparseEnumELBO` describes them. Packed sites share one plate, and their options.
+            Beside a closed-form KL divergence, or another site with ``"packed"``, ``"auto"`` packs none.
         max_support: refuse a batch in which one example's support is larger.
         chunk_rows: in mode ``"packed"``: on how many rows the model runs at a time.
-        gather: in mode ``"packed"``: places arguments; see :class:`~pyro_sparse.infer.SparseEnumELBO`.
+        gather: in modes ``"packed"`` and ``"auto"``: places arguments; see :class:`~pyro_sparse.infer.SparseEnumELBO`.
         check: in mode ``"packed"``: whether the first run under Pyro's validation is compared with an ordinary one.
 
     Raises:
         ValueError: for an unknown mode, a ``max_support`` or ``chunk_rows`` below one, or options of mode
             ``"packed"`` in another.
     """
-
-    draws_slots = True
 
     def __init__(
         self,
@@ -51,6 +46,11 @@ class Exact(Estimator):
         self.chunk_rows = chunk_rows
         self.gather = gather
         self.check = check
+
+    @property
+    def enumeration(self) -> Enumeration:
+        """Its options."""
+        return Enumeration(self.mode, self.max_support, self.chunk_rows, self.gather, self.check)
 
     def draw(self, site: Site) -> Slots:
         """All outcomes. (An ELBO lays out a sparse support, where there is one, in place of this.)"""

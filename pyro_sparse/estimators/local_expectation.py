@@ -30,8 +30,6 @@ class LocalExpectation(Estimator):
     NeurIPS 2015, §3.
     """
 
-    draws_slots = True
-
     def draw(self, site: Site) -> Slots:
         """The draw first, then it with one element after the other at each of its other outcomes."""
         base = self._base(site)

@@ -61,7 +61,7 @@ class OneHotView:
         return torch.stack([x, torch.zeros_like(x)], -1) if isinstance(self.base, Bernoulli) else x
 
     def gradient(self, weights: Tensor) -> Tensor:
-        r""":math:`\sum_k w_k \nabla \log p_k`, by the logits."""
+        r""":math:`\sum_k w_k \nabla \log p_k`, with respect to the logits."""
         return weights - self.probs * weights.sum(-1, keepdim=True)
 
     def surrogate(self, gradient: Tensor) -> Tensor:

@@ -36,8 +36,6 @@ class RaoBlackwell(Estimator):
     for discrete distributions*, ICML 2019, Eq. 5; the baseline is ours.
     """
 
-    draws_slots = True
-
     def __init__(self, k: int = 1, tail_samples: int = 1, coverage: float | None = None) -> None:
         super().__init__()
         for name, count in (("k", k), ("tail_samples", tail_samples)):

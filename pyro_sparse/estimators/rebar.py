@@ -8,8 +8,8 @@ Perturbed log-probabilities :math:`z_k = \log p_k + g_k` with Gumbel noise have 
     \frac{\partial c}{\partial z_k}\,\nabla \log p_k\Bigr],
 
 which is the identity behind REBAR and RELAX with both of their relaxed draws, z and :math:`\tilde z \mid h`, at the
-same point: the derivative of :math:`\tilde z_k` by :math:`\log p_k` at fixed noise is then :math:`1 - e^{z_k - z_h}`
-(0 for k = h), that of z is 1. One relaxed evaluation serves both.
+same point: the derivative of :math:`\tilde z_k` with respect to :math:`\log p_k` at fixed noise is then
+:math:`1 - e^{z_k - z_h}` (0 for k = h), that of z is 1. One relaxed evaluation serves both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pyro_sparse.estimators.smooth import SmoothEstimator, derivative, draw_and_
 
 
 class _ControlVariate(Estimator):
-    """What REBAR and RELAX share: the temperature, and the estimate from c and its derivative."""
+    """The base of REBAR and RELAX: the temperature, and the estimate from c and its derivative."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _ControlVariate(Estimator):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def _gradient(self, f: Tensor, c: Tensor, z: Tensor, hard: Tensor, view: OneHotView) -> Tensor:
-        """The estimate, by the logits."""
+        """The estimate, with respect to the logits."""
         slope = derivative(c, z, create_graph=self._learns())
         ratios = (z.detach() - z.detach().amax(-1, keepdim=True)).exp()
         return view.gradient(view.spread(f - c) * hard + ratios * slope)

@@ -1,4 +1,4 @@
-"""What the estimators share that differentiate the model by a site's values."""
+"""The base of estimators that differentiate the model with respect to a site's values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pyro_sparse.estimators.one_hot import OneHotView, one_hot_view
 class SmoothEstimator(Estimator):
     """
     Lays out slots by whose values the model is differentiated; what :meth:`Estimator.draw` leaves in the memo is what
-    they are made of. A subclass gives the :meth:`gradient` by the logits; its parameters learn to lessen the variance.
+    they are made of. A subclass gives the :meth:`gradient` with respect to the logits; its parameters learn to lessen
+    the variance.
     """
 
-    draws_slots = True
     relaxes: ClassVar[bool] = True
 
     def gradient(self, view: OneHotView, cost: Tensor, attached: Tensor, site: Site, memo: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def derivative(cost: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
 
 def norm_loss(view: OneHotView, gradient: Tensor, estimator: Estimator) -> Tensor | float:
     r"""
-    A loss whose gradient is that of :math:`\lVert g \rVert^2` by what the estimator learns, and by nothing else. As g,
-    the gradient with respect to the logits, is unbiased, the mean of that is the gradient of its variance.
+    A loss whose gradient is that of :math:`\lVert g \rVert^2` with respect to what the estimator learns, and to nothing
+    else. As g, the gradient with respect to the logits, is unbiased, the mean of that is the gradient of its variance.
     """
     learnt = [parameter for parameter in estimator.parameters() if parameter.requires_grad]
     if not learnt:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from pyro_sparse.estimators.base import Site
@@ -37,8 +35,6 @@ class SplitPathwise(ScoreFunction):
     Reference: for what the pathwise derivative misses at a jump, W. Lee, H. Yu, H. Yang, *Reparameterization gradient
     for non-differentiable models*, NeurIPS 2018.
     """
-
-    splits: ClassVar[bool] = True
 
     def reparameterized(self, site: Site) -> Tensor:
         try:

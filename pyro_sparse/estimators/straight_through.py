@@ -24,8 +24,8 @@ class StraightThrough(Estimator):
     **Bias:** yes, unless f is affine (``"softmax"``) or quadratic (``"reinmax"`` at temperature 1);
     :func:`~pyro_sparse.diagnostics.gradient_report` measures it on your model. **Extra model evaluations:** none.
     **Needs from the guide:** ``OneHotCategorical`` or ``Bernoulli``, alone or under ``to_event``, with a model that
-    differentiates by the value, and a closed-form KL divergence to the prior, which is taken whatever ``analytic_kl``
-    says.
+    differentiates with respect to the value, and a closed-form KL divergence to the prior, which is taken whatever
+    ``analytic_kl`` says.
 
     Args:
         jacobian: ``"identity"``, ``"softmax"``, ``"reinmax"``, ``"gumbel-softmax"`` or ``"gumbel-rao"``; see
@@ -38,7 +38,6 @@ class StraightThrough(Estimator):
     Reference: those of :class:`~pyro_sparse.distributions.OneHotCategoricalST`.
     """
 
-    reparameterizes: ClassVar[bool] = True
     unbiased: ClassVar[bool] = False
 
     def __init__(self, jacobian: Jacobian = "softmax", temperature: float | Tensor = 1.0, num_draws: int = 10) -> None:

@@ -57,8 +57,8 @@ class DoubleControlVariate(SmoothEstimator):
     :math:`\alpha` is trained by the same ``svi.step`` to lessen the variance.
 
     **Bias:** none. **Extra model evaluations:** n - 1; sites multiply. **Needs from the guide:** ``Bernoulli`` or
-    ``OneHotCategorical``, alone or under ``to_event``, with a prior of the same kind, and a model with a derivative by
-    the value.
+    ``OneHotCategorical``, alone or under ``to_event``, with a prior of the same kind, and a model with a derivative
+    with respect to the value.
 
     Args:
         n: draws, at least 2.

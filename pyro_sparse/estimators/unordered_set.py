@@ -35,8 +35,6 @@ class UnorderedSet(Estimator):
     replacement*, ICLR 2020, §3 and 4.
     """
 
-    draws_slots = True
-
     def __init__(self, k: int) -> None:
         super().__init__()
         check_count("UnorderedSet", k, name="k")

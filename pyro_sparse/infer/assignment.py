@@ -48,6 +48,18 @@ def config_estimators(
     return poutine.infer_config(guide, config_fn=config)  # type: ignore[arg-type]
 
 
+def asking_for_particles(estimators: Mapping[str, Estimator]) -> tuple[str, Estimator] | None:
+    """The first that needs particles of the whole program, with its site; raises unless all need the same."""
+    asking = {name: e for name, e in estimators.items() if e.num_particles > 1}
+    if len({(e.num_particles, e.vectorized) for e in asking.values()}) > 1:
+        raise ValueError(
+            "EstimatorELBO: expected one number of particles, got "
+            f"{ {name: e.num_particles for name, e in asking.items()} }. All sites share the program's particles: use "
+            "the same n."
+        )
+    return next(iter(asking.items()), None)
+
+
 class Assignment(nn.Module):
     """
     The estimators of an ELBO, one for each site: an object given for several serves the first, and a copy of it as it
@@ -86,6 +98,12 @@ class Assignment(nn.Module):
             return None
         if not isinstance(asked, Estimator | Baseline):
             raise _no_estimator(f", site '{msg['name']}'", asked)
+        whole = [e for e in (asked, self.entries.get("*")) if getattr(e, "objective", "elbo") == "bound"]
+        if whole and msg["infer"].get("estimator", whole[0]) is not self.entries.get("*"):
+            raise ValueError(
+                f"EstimatorELBO, site '{msg['name']}': expected {type(whole[0]).__name__} alone, got an estimator in "
+                f"the guide's infer, {asked}. It is the whole ELBO: pass it alone."
+            )
         return self._kept(msg, asked)
 
     def find_for_score(self, msg: Any) -> Estimator:
@@ -143,7 +161,7 @@ class Assignment(nn.Module):
                 )
             return None
         if "enumerate" in infer and infer["enumerate"] is not None:
-            if asked is not None and not isinstance(asked, Exact):
+            if asked is not None and not _enumerates(asked):
                 raise _two_mechanisms(name, "infer['enumerate']", type(asked).__name__)
             if "baseline" in infer:
                 raise _two_mechanisms(name, "infer['enumerate']", "infer['baseline']")
@@ -278,7 +296,8 @@ class Assignment(nn.Module):
     def _warn_unread(self, msg: Any) -> None:
         name, infer = msg["name"], msg["infer"]
         options = {option: reader for option, reader in _READ_ELSEWHERE.items() if infer.get(option) is not None}
-        if "enumerate_support" in infer and "enumerate" not in infer and not self._is_exact(msg):
+        given = infer.get("estimator", self._entry(msg) or self.entries.get("*"))
+        if "enumerate_support" in infer and "enumerate" not in infer and not _enumerates(given):
             options["enumerate_support"] = "SparseEnumELBO, or EstimatorELBO with Exact()"
         for option, reader in options.items():
             together = group(name, msg["cond_indep_stack"])
@@ -288,9 +307,6 @@ class Assignment(nn.Module):
                     f"EstimatorELBO, site '{name}': infer['{option}'] is not read here, but by {reader}. Remove it.",
                     stacklevel=2,
                 )
-
-    def _is_exact(self, msg: Any) -> bool:
-        return isinstance(msg["infer"].get("estimator", self._entry(msg) or self.entries.get("*")), Exact)
 
 
 def _learned(module: nn.Module) -> list[Tensor]:
@@ -331,6 +347,10 @@ def _no_estimator(site: str, given: Any) -> TypeError:
 def _state(module: nn.Module) -> set[int]:
     """What a module may learn, by identity."""
     return {id(tensor) for tensor in _learned(module)}
+
+
+def _enumerates(given: Any) -> bool:
+    return isinstance(given, Estimator) and given.enumeration is not None
 
 
 def _is_reparameterized(msg: Any) -> bool:

@@ -15,9 +15,11 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_sparse._autograd import differentiable_once
-from pyro_sparse.estimators import VIMCO, Estimator, Exact
-from pyro_sparse.infer.assignment import Assignment
+from pyro_sparse.estimators import Estimator
+from pyro_sparse.infer.assignment import Assignment, asking_for_particles
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
+from pyro_sparse.infer.expansion.choice import Choice
+from pyro_sparse.infer.expansion.estimator_messenger import lists_by
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.processes import Means
@@ -28,6 +30,7 @@ from pyro_sparse.infer.runs.on_rows import Compared
 from pyro_sparse.infer.runs.ordinary import guess_nesting
 from pyro_sparse.infer.runs.program import Program
 from pyro_sparse.infer.runs.sequential import sequential_runs
+from pyro_sparse.infer.runs.together import evaluated
 from pyro_sparse.infer.runs.traces import Traces
 from pyro_sparse.infer.runs.undisturbed import buffers_as_they_were, undisturbed
 from pyro_sparse.infer.terms.bound import importance_bound
@@ -67,7 +70,8 @@ class EstimatorELBO(ELBO, nn.Module):
 
     Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Masked rows of a
     sparse site with ``Exact`` take one outcome, unless a term that is not masked depends on them. Under Pyro's
-    validation the first run on several values at once is compared with runs on each.
+    validation the first run on several values at once is compared with runs on each. :attr:`last_stats` says what the
+    last step's supports and model rows were.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
@@ -98,6 +102,21 @@ class EstimatorELBO(ELBO, nn.Module):
 
     Reference: J. Schulman et al., *Gradient estimation using stochastic computation graphs*, NeurIPS 2015, §3; each
     estimator names its own.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.distributions import SparseCategorical
+        >>> from pyro_sparse.estimators import Exact, LeaveOneOut
+        >>> def model(scores=torch.zeros(3)):
+        ...     z, w = pyro.sample("z", dist.Categorical(logits=scores)), pyro.sample("w", dist.Poisson(2.0))
+        ...     pyro.sample("x", dist.Normal(0.5 * z + w, 1.0), obs=torch.tensor(2.0))
+        >>> def guide():
+        ...     pyro.sample("z", SparseCategorical(pyro.param("scores", torch.tensor([-2.0, 0.1, 0.3]))))
+        ...     pyro.sample("w", dist.Poisson(pyro.param("rate", torch.tensor(1.5))))
+        >>> elbo = EstimatorELBO({"z": Exact(), "*": LeaveOneOut(4)}, analytic_kl=True)  # Poisson has one
+        >>> loss = elbo.loss_and_grads(model, guide)
+        >>> elbo.last_stats.sites  # mean and largest support of z, which has three outcomes
+        {'z': (2.0, 2)}
     """
 
     def __init__(
@@ -113,11 +132,12 @@ class EstimatorELBO(ELBO, nn.Module):
             raise ValueError(f"EstimatorELBO: expected costs in {COSTS}, got {costs!r}. Use one of them.")
         if kwargs.get("jit_options") is not None:
             raise ValueError("EstimatorELBO: expected no jit_options, got some. Run it eagerly: values are drawn anew.")
-        if isinstance(estimator, Mapping) and any(isinstance(e, VIMCO) for e in estimator.values()):
-            raise ValueError(
-                "EstimatorELBO: expected VIMCO alone, got it in a dict. It is the whole ELBO: pass it alone."
-            )
         self.assignment = Assignment(estimator)
+        bounds = [type(e).__name__ for e in self.assignment.entries.values() if e.objective == "bound"]
+        if bounds and isinstance(estimator, Mapping):
+            raise ValueError(
+                f"EstimatorELBO: expected {bounds[0]} alone, got it in a dict. It is the whole ELBO: pass it alone."
+            )
         self.analytic_kl = analytic_kl
         self.costs = costs
         self._joint = False  # whether particles are run one by one but estimated together
@@ -125,12 +145,16 @@ class EstimatorELBO(ELBO, nn.Module):
         self._rows_compared = Compared()
         self._compared = False  # whether the program was the same on several values at once as on each alone
         self._rows = MaskedRows()
+        self._choice = Choice()  # for sites with Exact("auto")
+        self._choosing = False  # whether there are such sites, of which nothing was counted yet
         self._record: StepRecord | None = None
         self._means = Means()
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
-        if analytic_kl and self._vimco is not None:
-            raise ValueError("EstimatorELBO: expected no analytic_kl with VIMCO, got it. Its weights need log-probs.")
+        if analytic_kl and bounds:
+            raise ValueError(
+                f"EstimatorELBO: expected no analytic_kl with {bounds[0]}, got it. Its weights need log-probs."
+            )
         self._set_particles(self.assignment.entries)
 
     @property
@@ -142,24 +166,17 @@ class EstimatorELBO(ELBO, nn.Module):
         return None if self._record is None else self._record.summary()
 
     @property
-    def _vimco(self) -> VIMCO | None:
+    def _bound(self) -> Estimator | None:
+        """That whose n-particle bound is the loss."""
         entry = self.assignment.entries.get("*")
-        return entry if isinstance(entry, VIMCO) else None
+        return entry if entry is not None and entry.objective == "bound" else None
 
     def _set_particles(self, estimators: Mapping[str, Estimator]) -> None:
         """Takes the number of particles that the estimators ask for."""
-        asking = {name: e for name, e in estimators.items() if e.num_particles > 1}
-        numbers = {(e.num_particles, e.vectorized) for e in asking.values()}
-        if not numbers:
+        if (asking := asking_for_particles(estimators)) is None:
             return
-        if len(numbers) > 1:
-            raise ValueError(
-                "EstimatorELBO: expected one number of particles, got "
-                f"{ {name: e.num_particles for name, e in asking.items()} }. All sites share the program's particles: "
-                "use the same n."
-            )
-        [(number, vectorized)] = numbers
-        name, estimator = next(iter(asking.items()))
+        name, estimator = asking
+        number, vectorized = estimator.num_particles, estimator.vectorized
         own = (vectorized and self.vectorize_particles) or self._joint
         if self.num_particles == number and own:
             return
@@ -231,6 +248,8 @@ class EstimatorELBO(ELBO, nn.Module):
         refuse_guide_messenger("EstimatorELBO", guide)
         if not self._ready:
             self._prepare(model, guide, args, kwargs)
+        if self._choosing:
+            self._count_work(model, guide, args, kwargs)
         self._record = StepRecord()
         particles = 1 if self.vectorize_particles else self.num_particles
         if self._joint:
@@ -246,6 +265,14 @@ class EstimatorELBO(ELBO, nn.Module):
                 if expansion.estimators and (expansion.num_laid_out or self._in_a_plate):
                     self._check_rows(expansion.estimators, Alone(model, guide, args, kwargs))
                 yield runs
+        if self._choice.uncounted:
+            self._count_work(model, guide, args, kwargs)
+
+    def _count_work(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        """Counts what the slots of sites with ``Exact("auto")`` cost, in runs that leave no trace."""
+        program, self._choosing = self._program(model, guide, args, kwargs), False
+        with undisturbed(), poutine.block(), evaluated():
+            self._choice.count(program.sites_of_probe, int(self.max_plate_nesting))
 
     @property
     def _in_a_plate(self) -> bool:
@@ -254,9 +281,7 @@ class EstimatorELBO(ELBO, nn.Module):
 
     def _check_rows(self, estimators: Mapping[str, Estimator | None], alone: Alone) -> None:
         """Raises, at the first run on several values, if the program mixes them."""
-        on_rows = any(
-            isinstance(e, Exact) and e.mode == "packed" for e in estimators.values()
-        )  # compared by themselves
+        on_rows = lists_by(estimators, "packed")  # compared by themselves
         if is_validation_enabled() and not self._compared and not on_rows:
             require_row_by_row(alone, Several.of(estimators, self._in_a_plate))
             self._compared = True
@@ -275,11 +300,27 @@ class EstimatorELBO(ELBO, nn.Module):
             if self.max_plate_nesting == float("inf") and (slots or self.vectorize_particles):
                 served = {name: e for name, e in found.items() if e is not None}
                 with explained(Alone(model, guide, args, kwargs), lambda: None, lambda: smooth_sites(trace, served)):
-                    guess_nesting(self, model, guide, args, kwargs, on_rows=_packs(served))
+                    guess_nesting(self, model, guide, args, kwargs, on_rows=lists_by(served, "packed"))
             if found and (slots or self._in_a_plate):
                 self._check_rows(found, Alone(model, guide, args, kwargs))
         self.assignment.serve()
+        self._choosing = lists_by(found, "auto")
         self._ready = True
+
+    def _program(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Program:
+        def count_plates() -> float:
+            with undisturbed():
+                guess_nesting(self, model, guide, args, kwargs, on_rows=lists_by(self.assignment.entries, "packed"))
+            return self.max_plate_nesting
+
+        alone = Alone(model, guide, args, kwargs)
+        own_model, own_guide = model, guide
+        if self._in_a_plate:  # whose plates have been counted
+            particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
+            own_guide, own_model = particles(guide), particles(model)
+        find, nesting, watched = self.assignment.find, self.max_plate_nesting, self.costs == "graph"
+        chosen = self._rows_compared, self._choice, self.analytic_kl
+        return Program(own_model, own_guide, args, kwargs, find, count_plates, nesting, alone, watched, *chosen)
 
     def _particle(
         self,
@@ -291,27 +332,15 @@ class EstimatorELBO(ELBO, nn.Module):
         subsamples: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Run]:
         """One run, or one for each outcome of the sites enumerated sequentially."""
-
-        def count_plates() -> float:
-            with undisturbed():
-                guess_nesting(self, model, guide, args, kwargs, on_rows=_packs(self.assignment.entries))
-            return self.max_plate_nesting
-
-        alone = Alone(model, guide, args, kwargs)
-        if self._in_a_plate:  # whose plates have been counted
-            particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
-            guide, model = particles(guide), particles(model)
-        find, nesting, watched = self.assignment.find, self.max_plate_nesting, self.costs == "graph"
-        compared = self._rows_compared
-        program = Program(model, guide, args, kwargs, find, count_plates, nesting, alone, watched, compared)
-        reader = Reader(find, self.assignment.find_for_score, self.analytic_kl)
+        program = self._program(model, guide, args, kwargs)
+        reader = Reader(self.assignment.find, self.assignment.find_for_score, self.analytic_kl)
 
         def run(wrap: Callable[[Any], Any] | None = None) -> Run:
             traces, kls = self._run_once_or_again(program, reader, kind, subsamples, wrap)
             result = reader.read(traces, kls)
             self.assignment.serve()
             if kind == "draw" and self._record is not None:
-                self._record.add(traces.expansion.sites, traces.model, traces.guide, traces.ran_on)
+                self._record.add(traces.expansion.sites, traces.model, traces.guide, traces.ran_on, self._choice.taken)
             return result
 
         if not self._sequential:
@@ -338,12 +367,9 @@ class EstimatorELBO(ELBO, nn.Module):
     # Estimates
 
     def _group_loss(self, group: list[Run]) -> Tensor:
-        if self._vimco is not None:
-            return -importance_bound(self._vimco, group[0], self._particle_dim)[0]
-        return self._mean([run.weighted(run.elbo()) for run in group])
-
-    def _mean(self, elbos: list[Tensor]) -> Tensor:
-        """A group's share of the loss."""
+        if self._bound is not None:
+            return -importance_bound(self._bound, group[0], self._particle_dim)[0]
+        elbos = [run.weighted(run.elbo()) for run in group]
         total = -sum(elbos[1:], elbos[0])
         return total if self.num_particles == 1 else total / self.num_particles
 
@@ -355,8 +381,8 @@ class EstimatorELBO(ELBO, nn.Module):
         self, group: list[Run], model: Any, guide: Any, args: Any, kwargs: Any
     ) -> tuple[Tensor, list[Update]]:
         """The surrogate loss of a group, and what moves the running means afterwards."""
-        if self._vimco is not None:
-            return -importance_bound(self._vimco, group[0], self._particle_dim)[1], []
+        if self._bound is not None:
+            return -importance_bound(self._bound, group[0], self._particle_dim)[1], []
         reruns: dict[str, list[Run]] = {}
 
         def rerun(kind: str) -> list[Run]:
@@ -368,8 +394,3 @@ class EstimatorELBO(ELBO, nn.Module):
         particle_dim = self._particle_dim if self._in_a_plate else 0
         surrogates = Surrogates(self.assignment.of, self.num_particles, self._joint, particle_dim)
         return surrogates.of_group(group, rerun)
-
-
-def _packs(estimators: Mapping[str, Estimator | None]) -> bool:
-    """Whether the model is to run on packed rows of some site."""
-    return any(isinstance(e, Exact) and e.mode == "packed" for e in estimators.values())

@@ -16,6 +16,7 @@ from pyro.util import check_traceenum_requirements
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_sparse.estimators.base import element
 from pyro_sparse.infer.expansion.law import law
 from pyro_sparse.infer.expansion.views import with_values, with_whole_score
 from pyro_sparse.infer.refusals import refuse_guide_messenger
@@ -54,7 +55,8 @@ def exact_gradient(
     Args:
         model, guide: as for :class:`pyro.infer.SVI`.
         args, kwargs: their arguments.
-        parameters: the tensors to differentiate by, such as those of ``pyro.get_param_store().named_parameters()``.
+        parameters: the tensors to differentiate with respect to, such as those of
+            ``pyro.get_param_store().named_parameters()``.
         strategy, max_outcomes: see :class:`EnumeratedELBO`.
 
     Returns:
@@ -188,7 +190,7 @@ class _EnumerateAll(Messenger):
 
     def _combinations(self, fn: Any, name: str) -> Tensor | None:
         """All combinations of the outcomes of an event's elements, ``(K**n, 1, ..., 1, *event_shape)``."""
-        base = fn.base_dist
+        base = element(fn)
         if not getattr(base, "has_enumerate_support", False):
             return None
         elements = math.prod(base.batch_shape[len(fn.batch_shape) :])

@@ -12,8 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_sparse.distributions.discrete.straight_through import is_straight_through
-from pyro_sparse.distributions.mixed.base import MixedBase
-from pyro_sparse.distributions.mixed.wrappers import IndependentMixed, MaskedMixed
+from pyro_sparse.infer.expansion.law import jumps
 from pyro_sparse.infer.expansion.views import with_whole_score
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.terms.factors import as_costs
@@ -76,11 +75,6 @@ class _PlainDraws(Messenger):
             if msg["value"] is None:
                 with torch.no_grad():
                     msg["value"] = fn(*msg["args"], **msg["kwargs"])
-
-
-def jumps(fn: Any) -> bool:
-    """Whether it has atoms and is drawn purely pathwise, so that a drawn KL divergence has a biased gradient."""
-    return isinstance(fn, (MixedBase, MaskedMixed, IndependentMixed)) and bool(fn.has_rsample)
 
 
 def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:

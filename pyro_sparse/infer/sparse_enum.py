@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,16 @@ from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_sparse.estimators import exact
-from pyro_sparse.estimators.exact import Gather, check_expansion
+from pyro_sparse.estimators.base import Gather
+from pyro_sparse.estimators.exact import MODES, check_expansion
 from pyro_sparse.infer.discrete import marginals, posterior_run
 from pyro_sparse.infer.elbo_module import LossModule
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.choice import Choice
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
-from pyro_sparse.infer.expansion.messengers import SparseEnumMessenger
-from pyro_sparse.infer.expansion.rows import Rows, rows_of
+from pyro_sparse.infer.expansion.messengers import SparseEnumMessenger, SparseSite
+from pyro_sparse.infer.expansion.rows import Ran, Rows, rows_of
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
-from pyro_sparse.infer.expansion.work import slot_ratios
 from pyro_sparse.infer.pyro_internals import buffers_kept, dice_elbo, dice_expectation
 from pyro_sparse.infer.refusals import refuse_guide_messenger
 from pyro_sparse.infer.runs.enumerated import Pair, enumerated
@@ -43,7 +43,6 @@ from pyro_sparse.infer.runs.window import require_window
 from pyro_sparse.infer.terms.factors import as_costs
 from pyro_sparse.infer.terms.masked import MaskedRows
 
-MODES = (*exact.MODES, "auto")
 _NO_JIT = "Tracing would freeze the support of the first batch; run it eagerly."
 
 
@@ -59,7 +58,8 @@ class SparseEnumELBO(TraceEnum_ELBO):
     asks for all K outcomes at a site; other sites behave as under ``TraceEnum_ELBO``. Model sites that the guide
     lacks are enumerated where ``infer={"enumerate": "parallel"}`` says so, sparsely if they can be. Masked rows of a
     guide site take one outcome, unless a term that is not masked depends on them. Under Pyro's validation the first run
-    on several outcomes at once is compared with runs on each.
+    on several outcomes at once is compared with runs on each. :attr:`last_stats` says what the last step's supports,
+    layouts and model rows were.
 
     In ``pyro.markov`` a site has the union of the supports that its parents give it, and may depend on enumerated sites
     within the window, ``history`` steps back, only: the dims of earlier ones are given to others. (Pyro does not look.)
@@ -158,7 +158,7 @@ class SparseEnumELBO(TraceEnum_ELBO):
         for _ in range(1 if self.vectorize_particles else self.num_particles):
             yield from self._enumerate(layout, record, model, guide, alone)
         if self._choice.uncounted:
-            self._choice.ratios.update(self._count_work(model, guide, alone))
+            self._count_work(model, guide, alone)
 
     def _guess_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         if self.max_plate_nesting == float("inf"):
@@ -169,25 +169,19 @@ class SparseEnumELBO(TraceEnum_ELBO):
         if self.mode != "auto":
             return layouts.union if self.mode == "union" else layouts.padded
         if not self._choice.ratios:
-            self._choice.ratios = self._count_work(model, guide, alone)
+            self._count_work(model, guide, alone)
         return self._choice.layout(int(self.max_plate_nesting))
 
-    def _count_work(self, model: Any, guide: Any, alone: Alone) -> dict[layouts.Size, float]:
-        nesting = int(self.max_plate_nesting)
-
-        def run(layout: layouts.Layout) -> dict[str, layouts.Size]:
+    def _count_work(self, model: Any, guide: Any, alone: Alone) -> None:
+        def run(layout: layouts.Layout) -> dict[str, SparseSite]:
             guide_enum, model_enum = self._messengers(layout)
             program = model_enum(model), guide_enum(guide), alone.args, alone.kwargs
             with self._explained(alone, guide_enum, model_enum):
                 get_importance_trace("flat", self.max_plate_nesting, *program)
-            sites = {**guide_enum.sites, **model_enum.sites}
-            return {
-                name: layouts.size(name, site.support_size.shape, site.num_outcomes, nesting)
-                for name, site in sites.items()
-            }
+            return {**guide_enum.sites, **model_enum.sites}
 
         with undisturbed(), poutine.block(), evaluated():  # a normalisation has no statistics of the one row of a probe
-            return slot_ratios(run)
+            self._choice.count(run, int(self.max_plate_nesting))
 
     def _messengers(self, layout: layouts.Layout) -> tuple[MaskedRowsMessenger, SparseEnumMessenger]:
         """For the guide and for the model, whose dims lie to the left of the guide's."""
@@ -240,13 +234,13 @@ class SparseEnumELBO(TraceEnum_ELBO):
             self._warn_unread_options(guide_trace)
             if not sites and guide_trace.stochastic_nodes:
                 self._warn_no_sparse_site(guide_trace)
-            record.add(sites, model_trace, guide_trace, ran_on)
+            record.add(sites, model_trace, guide_trace, ran_on, self._choice.taken)
             _refuse_zero_prior(guide_enum.sites, model_trace, guide_trace)
             yield model_trace, guide_trace
 
     def _traces(
         self, guide_enum: SparseEnumMessenger, model_enum: SparseEnumMessenger, model: Any, guide: Any, alone: Alone
-    ) -> Iterator[tuple[Pair, int | None]]:
+    ) -> Iterator[tuple[Pair, Ran | None]]:
         nesting, compared = int(self.max_plate_nesting), self._rows_compared
         on = OnRows("SparseEnumELBO", nesting, self.chunk_rows, self.gather, compared, self.check)
 
@@ -255,13 +249,10 @@ class SparseEnumELBO(TraceEnum_ELBO):
                 return rows_of("SparseEnumELBO", guide_trace, guide_enum.sites)
             if self.mode != "auto":
                 return None
-            found = self._choice.rows("SparseEnumELBO", guide_trace)
-            if found is not None and not on.agrees(model_enum(model), alone.args, alone.kwargs, guide_trace, found):
-                self._choice.refuse(found)
-                return None
-            return found
+            agree = partial(on.agrees, model_enum(model), alone.args, alone.kwargs, guide_trace)
+            return self._choice.rows("SparseEnumELBO", guide_trace, agree)
 
-        def run(wrap: Callable[[Any], Any]) -> tuple[Pair, int | None]:
+        def run(wrap: Callable[[Any], Any]) -> tuple[Pair, Ran | None]:
             # Errors on packed rows are explained by themselves.
             with nullcontext() if self.mode == "packed" else self._explained(alone, guide_enum, model_enum):
                 pair, ran_on = enumerated(model_enum(model), wrap(guide_enum(guide)), alone, on, rows)

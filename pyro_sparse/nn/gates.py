@@ -95,10 +95,10 @@ class HardConcreteGate(Gate):
     over the gates, in closed form. To be minimised: the mean loss plus a multiple of ``expected_l0``, or the loss under
     a :class:`ConstraintLagrangian` of it.
 
-    **Saturation.** Far out the derivative of :math:`P(z \ne 0)` by the logit vanishes: a gate that has run away cannot
-    be called back, whatever it costs. So the logits that are used are bounded, :math:`|\log\alpha| \le` ``max_logit``.
-    For a parameter beyond the bound the gradient is passed on as if it were at the bound where a descent step leads
-    back, and is zero where it leads farther out: gradient descent projected onto the box.
+    **Saturation.** Far out the derivative of :math:`P(z \ne 0)` with respect to the logit vanishes: a gate that has run
+    away cannot be called back, whatever it costs. So the logits that are used are bounded, :math:`|\log\alpha| \le`
+    ``max_logit``. For a parameter beyond the bound the gradient is passed on as if it were at the bound where a descent
+    step leads back, and is zero where it leads farther out: gradient descent projected onto the box.
 
     Args:
         shape: of the gates, a number or a tuple. Its dimensions are the input's last ones; sizes 1 broadcast, so

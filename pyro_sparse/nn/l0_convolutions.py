@@ -15,7 +15,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class _GatedMaps(nn.modules.conv._ConvNd):
-    """What they share: a gate on each feature map that they put out."""
+    """Convolutions with a gate on each feature map that they put out."""
 
     gate: Gate
     #: the ordinary layer

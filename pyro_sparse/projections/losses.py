@@ -11,10 +11,9 @@ infinite, without a gradient, this is finite, and its gradient leads back.
 
 Autograd differentiates the formula: the terms in which p moves cancel, to all orders, since p is a maximum.
 
-References:
-    Blondel, Martins and Niculae, *Learning with Fenchel-Young losses*, JMLR 2020, Definition 2 and Proposition 2.
-    Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Eqs. 7 and 8.
-    Martins and Astudillo, *From softmax to sparsemax*, ICML 2016, §3.
+Reference: Blondel, Martins and Niculae, *Learning with Fenchel-Young losses*, JMLR 2020, Definition 2 and Proposition
+2; Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Eqs. 7 and 8; Martins and Astudillo,
+*From softmax to sparsemax*, ICML 2016, §3.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ def sparsemax_loss(scores: Tensor, target: Tensor, dim: int = -1) -> Tensor:
         ValueError: If there is no dimension ``dim``, or it is empty, or the shape of the target does not fit, or, on a
             CPU, a class is out of range.
 
-    References:
-        Blondel, Martins and Niculae, *Learning with Fenchel-Young losses*, JMLR 2020, Table 1.
+    Reference: Blondel, Martins and Niculae, *Learning with Fenchel-Young losses*, JMLR 2020, Table 1.
 
     Example:
         >>> scores = torch.tensor([[1.0, 0.5, -1.0], [1.0, 0.5, -1.0]])
@@ -83,8 +81,7 @@ def entmax15_loss(scores: Tensor, target: Tensor, dim: int = -1) -> Tensor:
     Raises:
         TypeError, ValueError: As of :func:`sparsemax_loss`.
 
-    References:
-        Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Eqs. 7 and 8.
+    Reference: Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Eqs. 7 and 8.
 
     Example:
         >>> entmax15_loss(torch.tensor([1.0, 0.5, -1.0]), torch.tensor(2))
@@ -114,8 +111,7 @@ def entmax_loss(scores: Tensor, target: Tensor, alpha: float | Tensor, dim: int 
     Raises:
         TypeError, ValueError: As of :func:`sparsemax_loss`, and of :func:`~pyro_sparse.projections.entmax` for alpha.
 
-    References:
-        Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Eqs. 7 and 8.
+    Reference: Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Eqs. 7 and 8.
 
     Example:
         >>> entmax_loss(torch.tensor([1.0, 0.5, -1.0]), torch.tensor(2), 1.2)

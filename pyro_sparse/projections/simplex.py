@@ -19,10 +19,9 @@ order (of :func:`entmax`, up to the third) are right, also under ``torch.func`` 
 pass is written by hand.
 At a tie, :math:`(\alpha - 1)\, x_i = \tau`, there is no derivative; these functions return a one-sided one.
 
-References:
-    Martins and Astudillo, *From softmax to sparsemax*, ICML 2016, Proposition 1 and Algorithm 1.
-    Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Algorithms 1 and 2.
-    Correia, Niculae and Martins, *Adaptively sparse transformers*, EMNLP 2019, Proposition 1 (the gradient in alpha).
+Reference: Martins and Astudillo, *From softmax to sparsemax*, ICML 2016, Proposition 1 and Algorithm 1; Peters, Niculae
+and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Algorithms 1 and 2; Correia, Niculae and Martins,
+*Adaptively sparse transformers*, EMNLP 2019, Proposition 1 (the gradient in alpha).
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
         TypeError: If scores are not a floating-point tensor.
         ValueError: If there is no dimension ``dim``, or it is empty.
 
-    References:
-        Martins and Astudillo, *From softmax to sparsemax*, ICML 2016, Proposition 1 and Algorithm 1.
+    Reference: Martins and Astudillo, *From softmax to sparsemax*, ICML 2016, Proposition 1 and Algorithm 1.
 
     Example:
         >>> sparsemax(torch.tensor([1.0, 0.5, -1.0]))
@@ -95,8 +93,7 @@ def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
         TypeError: If scores are not a floating-point tensor.
         ValueError: If there is no dimension ``dim``, or it is empty.
 
-    References:
-        Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Algorithm 2.
+    Reference: Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Algorithm 2.
 
     Example:
         >>> entmax15(torch.tensor([1.0, 0.5, -1.0]))
@@ -138,9 +135,8 @@ def entmax(scores: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
         ValueError: If there is no dimension ``dim``, or it is empty; if an alpha is not above 1 (for a tensor on a GPU
             this check waits for its queue), or its shape is not as above.
 
-    References:
-        Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Algorithm 1.
-        Correia, Niculae and Martins, *Adaptively sparse transformers*, EMNLP 2019, Proposition 1.
+    Reference: Peters, Niculae and Martins, *Sparse sequence-to-sequence models*, ACL 2019, Algorithm 1; Correia,
+    Niculae and Martins, *Adaptively sparse transformers*, EMNLP 2019, Proposition 1.
 
     Example:
         >>> entmax(torch.tensor([1.0, 0.5, -1.0]), 1.2)
@@ -186,10 +182,9 @@ def topk_sparsemax(
         TypeError: If scores are not a floating-point tensor.
         ValueError: If there is no dimension ``dim``, or it is empty, or k is not an integer from 1 to its size.
 
-    References:
-        Kyrillidis, Becker, Cevher and Koch, *Sparse projections onto the simplex*, ICML 2013, Theorem 1.
-        Correia, Niculae, Aziz and Martins, *Efficient marginalization of discrete and structured latent variables via
-        sparsity*, NeurIPS 2020, Section 4.
+    Reference: Kyrillidis, Becker, Cevher and Koch, *Sparse projections onto the simplex*, ICML 2013, Theorem 1;
+    Correia, Niculae, Aziz and Martins, *Efficient marginalization of discrete and structured latent variables via
+    sparsity*, NeurIPS 2020, Section 4.
 
     Example:
         >>> topk_sparsemax(torch.tensor([0.4, 0.3, 0.2]), 2, return_exact=True)

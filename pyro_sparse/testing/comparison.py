@@ -1,4 +1,4 @@
-"""What the checks of ELBOs share: a clean room to run in, when two numbers agree, what a trace has drawn."""
+"""For the checks of ELBOs: a clean room to run in, when two numbers agree, what a trace has drawn."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.util import site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
-from torch.distributions import Independent
+
+from pyro_sparse.infer.expansion.law import law
 
 
 @contextmanager
@@ -46,16 +46,8 @@ def sampled(trace: Any) -> list[Any]:
 
 def drawn_log_prob(site: Any) -> Tensor:
     """The log-probability with which a site's value was drawn: masks and scales are for costs."""
-    log_prob: Tensor = _unmasked(site["fn"]).log_prob(site["value"])
+    log_prob: Tensor = law(site["fn"]).log_prob(site["value"])
     return log_prob
-
-
-def _unmasked(fn: Any) -> Any:
-    if isinstance(fn, MaskedDistribution):
-        return _unmasked(fn.base_dist)
-    if isinstance(fn, Independent):
-        return Independent(_unmasked(fn.base_dist), fn.reinterpreted_batch_ndims)
-    return fn
 
 
 def _excess(expected: Tensor, got: Tensor) -> Tensor:

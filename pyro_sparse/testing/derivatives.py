@@ -18,8 +18,8 @@ from torch.distributions import Distribution
 from torch.distributions.utils import lazy_property
 
 from pyro_sparse.distributions import MixedDistribution
-from pyro_sparse.distributions.mixed.wrappers import IndependentMixed, MaskedMixed
 from pyro_sparse.distributions.univariate.affine import AffineMixed
+from pyro_sparse.distributions.unwrapped import unwrapped
 from pyro_sparse.testing.mixed_distributions import followed, mass_and_density
 from pyro_sparse.testing.properties import leaves, offered, require
 
@@ -74,7 +74,7 @@ def check_second_derivatives(made_of: Maker, tensors: list[Tensor]) -> None:
             continue  # an error is as good as what is right
         if not value.requires_grad:  # nor need it exist beside these parameters: a draw where a probability is zero
             continue
-        again, family = function, _family(made_of(*tensors))
+        again, family = function, unwrapped(made_of(*tensors))
         if name in ("d()", "rsample") and isinstance(family, AffineMixed):
             continue  # the draw of its base, which is checked by itself, through a map of plain operations
         if name in ("d()", "rsample") and isinstance(family, MixedDistribution):
@@ -100,11 +100,11 @@ def _difference(function: Function, tensors: list[Tensor], step: list[Tensor], t
 def _following(made_of: Maker, z: Tensor, tensors: list[Tensor], step: list[Tensor], name: str) -> Function:
     """A draw that stays at its quantile where the parameters move by a step: what a mixed draw's gradient is of."""
     here = [t.detach() for t in tensors]
-    d = _family(made_of(*here))
+    d = unwrapped(made_of(*here))
     pathwise = name == "rsample" or d.has_rsample
     with torch.no_grad():
         up, down = (
-            mass_and_density(_family(made_of(*(t + s * v for t, v in zip(here, step, strict=True)))), z, pathwise)[0]
+            mass_and_density(unwrapped(made_of(*(t + s * v for t, v in zip(here, step, strict=True)))), z, pathwise)[0]
             for s in (1, -1)
         )
         moved = (down - up) / (2 * mass_and_density(d, z, pathwise)[1])
@@ -114,17 +114,10 @@ def _following(made_of: Maker, z: Tensor, tensors: list[Tensor], step: list[Tens
     def function(*others: Tensor) -> Tensor:
         times = (others[0].detach() - here[0]).sum() / step[0].sum()
         at = z + times * moved
-        there = followed(_family(made_of(*others)), at, pathwise)
+        there = followed(unwrapped(made_of(*others)), at, pathwise)
         return at + (there - there.detach())
 
     return function
-
-
-def _family(d: Any) -> Any:
-    """What draws, where a mixed distribution is wrapped."""
-    while isinstance(d, (IndependentMixed, MaskedMixed)):
-        d = d.base_dist
-    return d
 
 
 def _taken_apart(d: Any) -> tuple[list[Tensor], Maker]:

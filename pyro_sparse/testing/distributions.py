@@ -11,9 +11,9 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
-from torch.distributions import Independent
 
 from pyro_sparse.distributions import MixedDistribution
+from pyro_sparse.estimators.base import lists_outcomes
 from pyro_sparse.testing import derivatives
 from pyro_sparse.testing import mixed_distributions as mixed
 from pyro_sparse.testing import sparse_distributions as sparse
@@ -112,7 +112,7 @@ def _checks_for(d: TorchDistributionMixin) -> Iterator[Check]:
     if isinstance(d, MixedDistribution):
         yield from (mixed.strata, mixed.integrals, mixed.quantiles, mixed.divergence_from_itself, mixed.transformed)
     # Under to_event the outcomes are a cartesian product, which Pyro does not enumerate.
-    if d.has_enumerate_support and not isinstance(d, Independent):
+    if lists_outcomes(d):
         yield from (_enumerate_support, _sums_over_outcomes)
         if getattr(d, "has_sparse_support", False):
             yield from (sparse.sparse_support, sparse.unions, sparse.sparse_family)
@@ -276,7 +276,7 @@ def _dtypes(d: TorchDistributionMixin) -> None:
 
 
 def _gradients(d: TorchDistributionMixin) -> None:
-    if d.has_enumerate_support and not isinstance(d, Independent):
+    if lists_outcomes(d):
         results = {"log_prob over all outcomes": sparse.log_probs_of(d)[1]}
     else:
         results = {"log_prob of samples": d.log_prob(d.sample(Size((5,))))}

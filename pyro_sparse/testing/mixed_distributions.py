@@ -17,6 +17,7 @@ from torch.distributions import AffineTransform, ExpTransform, kl_divergence
 
 from pyro_sparse.distributions import MixedDistribution
 from pyro_sparse.distributions.constraints import interior_point
+from pyro_sparse.distributions.unwrapped import unwrapped
 from pyro_sparse.testing.properties import leaves, offered, require
 from pyro_sparse.testing.quadrature import integrate
 
@@ -137,9 +138,7 @@ def _ways(batch: torch.Size) -> Iterator[tuple[str, Callable[[MixedDistribution]
 
 
 def _check_draw(how: str, d: Any, *, pathwise: bool) -> None:
-    family = d
-    while not isinstance(family, MixedDistribution):
-        family = family.base_dist
+    family = unwrapped(d)
     require(bool(d.has_rsample) == pathwise, f"has_rsample of {how}", pathwise, d.has_rsample)
     z = d()
     shape = (*d.batch_shape, *d.event_shape)

@@ -595,7 +595,9 @@ def test_text_names_everything() -> None:
     estimators = {"score": Trace_ELBO(max_plate_nesting=1), "doubled": Doubled(max_plate_nesting=1)}
     got = report(estimators=estimators, num_samples=100)
     lines = str(got).splitlines()
-    assert lines[0] == ("Gradient by the guide's 3 parameters: 100 draws of each estimator, after 5 steps to settle")
+    assert lines[0] == (
+        "Gradient with respect to the guide's 3 parameters: 100 draws of each estimator, after 5 steps to settle"
+    )
     assert lines[1].startswith("Reference: exact enumeration; its norm: ")
     assert lines[3].startswith("score") and lines[3].endswith("  unbiased  <-")
     assert lines[4].startswith("doubled") and lines[4].endswith("  biased")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 from pyro_sparse.distributions import SparseCategorical, SparseOneHotCategorical
 from pyro_sparse.estimators import (
     ARMS,
+    REBAR,
     VIMCO,
     DisARM,
     Estimator,
@@ -23,6 +26,8 @@ from pyro_sparse.estimators import (
     ScoreFunction,
     Site,
     Slots,
+    SplitPathwise,
+    StraightThrough,
 )
 
 PROBS = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.7, 0.05, 0.05, 0.2], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
@@ -253,6 +258,52 @@ def test_arms_draws_have_the_bits_probabilities(n: int) -> None:
     means = ARMS(n).draw_bits(probs.expand(size, 7)).mean(1)
     z = (means - probs) / (probs * (1 - probs) / size).sqrt()
     assert means.shape == (n, 7) and z.abs().max() < 5
+
+
+# What a class implements says what it does.
+
+
+class OneValue(Estimator):
+    def reparameterized(self, site: Site) -> Tensor:
+        return site.fn.sample()
+
+
+class ValueAndScore(OneValue):
+    def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+        return cost * site.log_prob, 0.0
+
+
+class Flagged(ValueAndScore):
+    """What it says in so many words counts, as it did when there was no other way."""
+
+    reparameterizes = True
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.draws_slots = n > 1
+
+
+@pytest.mark.parametrize(
+    "estimator, slots, reparameterizes, splits",
+    [
+        (ScoreFunction(), False, False, False),
+        (LeaveOneOut(2), False, False, False),
+        (Exact(), True, False, False),
+        (RaoBlackwell(), True, False, False),
+        (DisARM(), True, False, False),
+        (REBAR(), True, False, False),
+        (StraightThrough(), False, True, False),
+        (SplitPathwise(), False, False, True),
+        (OneValue(), False, True, False),
+        (ValueAndScore(), False, False, True),
+        (Flagged(1), False, True, False),
+        (Flagged(2), True, True, False),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Estimator) else "",
+)
+def test_what_is_implemented(estimator: Estimator, slots: bool, reparameterizes: bool, splits: bool) -> None:
+    for e in (estimator, copy.deepcopy(estimator), pickle.loads(pickle.dumps(estimator))):
+        assert (e.draws_slots, e.reparameterizes, e.splits) == (slots, reparameterizes, splits)
 
 
 # VIMCO.

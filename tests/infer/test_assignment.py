@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from pyro_sparse.estimators import (
     VIMCO,
     Baseline,
     DisARM,
+    Enumeration,
     Estimator,
     Exact,
     LeaveOneOut,
@@ -592,6 +594,63 @@ def test_arguments_out_of_range(make: Any) -> None:
 def test_arguments_of_another_type(make: Any) -> None:
     with pytest.raises(TypeError, match=HOUSE_FORM):
         make()
+
+
+@pytest.mark.parametrize("given, named", [(LeaveOneOut(2), VIMCO(2)), (VIMCO(2), LeaveOneOut(2)), ({}, VIMCO(2))])
+def test_a_bound_stands_alone(given: Any, named: Estimator) -> None:
+    """Else its weights would be taken from one site's cost, or what the guide names would not act."""
+    message = refuse(EstimatorELBO(given), *program({"z": {"estimator": named}}), site="z")
+    assert "expected VIMCO alone" in message
+
+
+def test_an_estimator_that_lists_its_outcomes_needs_not_be_exact() -> None:
+    """What it says of itself counts, in the ELBO and in what is refused."""
+
+    class Listed(Estimator):
+        enumeration = Enumeration("union")
+
+        def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+            return site.log_prob.detach().exp() * cost * site.log_prob, 0.0
+
+    found = []
+    for estimator in (Exact(), Listed()):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        model, guide = program({"z": {"enumerate": "parallel"}})
+        step(EstimatorELBO({"z": estimator, "b": estimator}), model, guide)
+        found.append(gradients())
+    assert found[0]
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bound_needs_not_be_vimco() -> None:
+    """One of a user's own, the sum of log-weights over particles, is the mean of ELBOs."""
+
+    class MeanOfLogs(Estimator):
+        objective = "bound"
+        num_particles = 3
+
+        def bound(self, log_weights: Tensor) -> Tensor:
+            return log_weights.mean(0)
+
+        def forward(self, cost: Tensor, site: Site) -> tuple[Tensor, Tensor | float]:
+            return self.bound(cost + (cost.detach() + 1) * site.log_prob), 0.0  # cost has its -log q attached
+
+    found = []
+    for elbo in (EstimatorELBO(MeanOfLogs()), Trace_ELBO(num_particles=3, vectorize_particles=True)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model, guide = program()
+        poutine.block(guide)()  # makes the parameters
+        elbo.loss(model, guide)  # counts the plates
+        torch.manual_seed(1)
+        found.append((elbo.loss_and_grads(model, guide), gradients()))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-12)
+    for name, expected in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="expected MeanOfLogs alone"):
+        EstimatorELBO({"z": MeanOfLogs()})
 
 
 def test_a_guide_that_names_something_else() -> None:

@@ -12,14 +12,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, SVI, TraceEnum_ELBO, config_enumerate
 from torch import Size, Tensor, nn
 
 import pyro_sparse.distributions as sdist
 from pyro_sparse.diagnostics import peak_memory
 from pyro_sparse.distributions import SparseDistribution
-from pyro_sparse.estimators import Exact, LeaveOneOut, RaoBlackwell
+from pyro_sparse.estimators import REBAR, Exact, LeaveOneOut, RaoBlackwell
 from pyro_sparse.infer import EstimatorELBO, SparseEnumELBO
+from pyro_sparse.infer.expansion import choice
+from pyro_sparse.infer.expansion.layouts import Layout, padded
 from pyro_sparse.infer.expansion.rows import Rows
 from pyro_sparse.infer.runs.on_rows import OnRows
 from pyro_sparse.testing.comparison import clean_room, wrong_quantities
@@ -44,25 +47,50 @@ def with_exact(case: Case, mode: str) -> Callable[..., ELBO]:
     return partial(EstimatorELBO, {name: Exact(mode) for name in sites})
 
 
+def packs_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mode "auto" takes packed rows wherever there are any, at the first step."""
+
+    def cheapest(ratios: Any, nesting: int, uncounted: Any, taken: dict[str, str], unpackable: Any) -> Layout:
+        def layout(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
+            taken[name] = "padded" if name in unpackable else "packed"
+            return padded(name, fn, shared_dims)
+
+        return layout
+
+    everything = type("Everything", (set,), {"__contains__": lambda self, item: True})()
+    monkeypatch.setattr(choice, "cheapest", cheapest)
+    monkeypatch.setattr(choice, "WORTHWHILE", math.inf)
+    monkeypatch.setattr(choice.Choice, "_meeting", property(lambda self: everything, lambda self, value: None), False)
+
+
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("how", "case"),
     [  # each program on all rows at once, and in one of the other ways; some in the fast suite
-        pytest.param(how, case, id=f"{how}-{case.name}", marks=[] if i % 20 == 3 * j else pytest.mark.slow)
+        pytest.param(
+            how, case, id=f"{how}-{case.name}", marks=[] if (i + 5) % 60 == 5 * j or i % 20 == j == 0 else SLOW
+        )
         for i, case in enumerate(packed_grid(200))
-        for j, how in enumerate(["rows", "rows of 1", "rows of 7", "estimator"])
-        if j in (0, 1 + i % 3)
+        for j, how in enumerate(["rows", "rows of 1", "rows of 7", "estimator", "estimator, auto"])
+        if j in (0, 1 + i % 4)
     ],
 )
-def test_equals_dense_enumeration(how: str, case: Case) -> None:
-    if how != "estimator":
+def test_equals_dense_enumeration(how: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = "packed"
+    if how == "estimator, auto":
+        mode = "auto"
+        packs_all(monkeypatch)
+    if not how.startswith("estimator"):
         check_elbo(ours(how, case), cases=[case])
     elif "monte_carlo" not in case.name and "guessed" not in case.name:
-        check_elbo(with_exact(case, "packed"), cases=[case])
+        check_elbo(with_exact(case, mode), cases=[case])
     else:  # under TraceEnum_ELBO a draw's score function has another cost, and guesses take random numbers
         with clean_room():
             expected = evaluate(with_exact(case, "padded"), case, case.guide)
         with clean_room():
-            got = evaluate(with_exact(case, "packed"), case, case.guide)
+            got = evaluate(with_exact(case, mode), case, case.guide)
         assert not wrong_quantities(expected, got, 1e-10)
 
 
@@ -334,7 +362,7 @@ def test_gather_places_what_the_rule_does_not() -> None:
     with pytest.raises(ValueError, match=r"plate 'data': .*got subsample_size=5.*gather="):
         SparseEnumELBO("packed", max_plate_nesting=1).loss(model, guide, columns)
     wrong = SparseEnumELBO("packed", gather=lambda index, columns: ((columns[:, :3],), {}), max_plate_nesting=1)
-    with pytest.raises(ValueError, match=r"gather: expected tensors of \d+ rows, got shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"gather: expected tensors of \d+ rows, got args\[0\] of shape \(2, 3\)"):
         wrong.loss(model, guide, columns)
 
 
@@ -519,6 +547,88 @@ def test_auto_packs_what_is_seen_together_only(joint: bool, rows: int) -> None:
     assert elbo.last_stats is not None and elbo.last_stats.model_rows == rows
 
 
+ELBOS: dict[str, Callable[[], Any]] = {
+    "sparse": lambda: SparseEnumELBO("auto", max_plate_nesting=1),
+    "Exact": lambda: EstimatorELBO(Exact("auto"), max_plate_nesting=1),
+    "graph": lambda: EstimatorELBO({"a": Exact("auto"), "b": Exact("auto")}, costs="graph"),
+}
+
+
+@pytest.mark.parametrize("how", ["Exact", "graph"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_exact_chooses_as_sparse_enum_does(joint: bool, how: str) -> None:
+    (model, guide), images, found = two_codes(joint), table("images", 8, 2), []
+    for name in ("sparse", how):
+        elbo = ELBOS[name]()
+        losses = [elbo.loss(lambda x: model.func(x), lambda x: guide.func(x), images) for _ in range(2)]  # type: ignore[attr-defined]
+        found.append((elbo.last_stats, elbo._choice.ratios, losses))
+    (stats, ratios, expected), (own_stats, own_ratios, losses) = found
+    assert own_ratios == ratios and own_stats == stats
+    assert losses == pytest.approx(expected, abs=1e-10)
+    assert stats.layouts == dict.fromkeys("ab", "packed" if joint else "padded")
+
+
+def test_nothing_is_packed_beside_a_closed_form() -> None:
+    """A prior must be known in slots, of which mode "packed" tells the user."""
+    model, guide = two_codes(True)
+    images, losses = table("images", 8, 2), []
+    for mode in ("padded", "auto"):
+        elbo = EstimatorELBO(Exact(mode), analytic_kl=True, max_plate_nesting=1)
+        losses += [elbo.loss(lambda x: model.func(x), lambda x: guide.func(x), images) for _ in range(3)]  # type: ignore[attr-defined]
+    assert losses == pytest.approx([losses[0]] * 6, abs=1e-10)
+    assert elbo.last_stats is not None and "packed" not in elbo.last_stats.layouts.values()
+
+
+@pytest.mark.parametrize("make", [lambda: LeaveOneOut(3), lambda: RaoBlackwell(), lambda: REBAR()])
+def test_exact_chooses_beside_drawn_sites(make: Callable[[], Any]) -> None:
+    """The same draws, and the same gradient, on rows; counting leaves the generators as they were."""
+    images, net = table("images", 8, 2), nn.Linear(40, 2)
+    scores = torch.full((8, 40), -50.0)
+    scores[1:, 7], scores[0, :20] = 0.0, 0.0
+
+    def model(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            b = pyro.sample("b", dist.Bernoulli(0.4))
+            z = torch.eye(40)[pyro.sample("z", dist.Categorical(logits=torch.zeros(40)))]
+            pyro.sample("x", dist.Normal(torch.tanh(net(z) + b[..., None]), 1.0).to_event(1), obs=images)
+
+    def guide(images: Tensor) -> None:
+        with pyro.plate("data", len(images)):
+            b = pyro.sample("b", dist.Bernoulli(logits=pyro.param("logits", torch.zeros(8))))
+            pyro.sample("z", sdist.SparseCategorical(pyro.param("scores", scores.clone()) + 0.1 * b[..., None]))
+
+    found = []
+    for mode in ("padded", "auto"):
+        pyro.clear_param_store()
+        elbo = EstimatorELBO({"z": Exact(mode), "b": make()})
+        for seed in range(2):
+            torch.manual_seed(seed)
+            loss = elbo.loss_and_grads(model, guide, images)
+        found.append([torch.tensor(loss), *(pyro.param(name).grad for name in ("logits", "scores"))])
+        assert elbo.last_stats is not None
+        assert elbo.last_stats.layouts == {"z": "packed" if mode == "auto" else "padded"}
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "layout"),
+    [
+        ("padded", {}, "padded"),
+        ("union", {}, "union"),
+        ("packed", {}, "packed"),
+        ("packed", {"enumerate_support": "dense"}, "packed"),
+        ("padded", {"enumerate_support": "dense"}, "dense"),
+    ],
+)
+def test_statistics_name_the_layout(mode: str, options: dict[str, str], layout: str) -> None:
+    vae = Vae()
+    guide = poutine.infer_config(vae.guide, lambda site: options if site["name"] == "z" else {})
+    for elbo in (SparseEnumELBO(mode), EstimatorELBO({"z": Exact(mode)})):
+        elbo.loss(vae.model, guide, vae.images)
+        assert elbo.last_stats is not None and elbo.last_stats.layouts == {"z": layout}
+
+
 def test_statistics_of_an_estimator() -> None:
     vae = Vae()
     sparse, elbo = SparseEnumELBO("packed"), EstimatorELBO({"z": Exact("packed")})
@@ -577,7 +687,7 @@ class SomeBits(SparseDistribution):
         return self.vertices.gather(0, index[None, ..., None].expand(1, *self.batch_shape, 40))[0]
 
 
-@pytest.mark.parametrize("how", ["padded", "union", "packed", "chunks", "auto", "exact", "exact packed"])
+@pytest.mark.parametrize("how", ["padded", "union", "packed", "chunks", "auto", "exact", "exact packed", "exact auto"])
 def test_a_family_over_2_to_the_40_vectors(how: str) -> None:
     vertices = (table("vertices", 3, B, 40) > 0).double()
     scores = nn.Parameter(2 * table("bits", B, 3))
@@ -860,6 +970,60 @@ def same_as_dense(program: Program, elbo: ELBO, *args: Any) -> None:
 
 def normal(x: Tensor, loc: Tensor) -> None:
     pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def two_plates(latent: bool) -> Program:
+    """A second plate that takes its size from the first one's data."""
+    scores, locs = scores_of(1, 4, 2, 3, 1), 3 * table("locs", K)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("second", len(x)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0), obs=None if latent else x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=torch.zeros(K)))
+            pyro.sample("x", dist.Normal(locs[z] + u, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        if latent:
+            with pyro.plate("second", len(x)):
+                pyro.sample("u", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", sdist.SparseCategorical(pyro.param("scores", scores)))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_second_plate_of_the_same_size_is_named(latent: bool, check: bool) -> None:
+    if not latent and not check:
+        return  # nothing compares it
+    elbos = SparseEnumELBO("packed", check=check), EstimatorELBO({"z": Exact("packed", check=check)})
+    expected = r"plate 'second': expected 5 elements" if latent else r"plate 'second' of 11 elements, not 5.*args\[0\]"
+    for elbo in elbos:
+        with pytest.raises(ValueError, match=expected):
+            elbo.loss(*two_plates(latent), table("x", 5))
+        pyro.clear_param_store()
+    if not latent:
+        same_as_dense(two_plates(latent), SparseEnumELBO("auto", max_plate_nesting=1), table("x", 5))
+
+
+@pytest.mark.parametrize("forgotten", [0, 1])
+def test_what_gather_leaves_as_it_was_is_named(forgotten: int) -> None:
+    program = simple(lambda x, z, y: normal(x, z + y), scores_of(1, 4, 2, 3, 1))
+    elbo = SparseEnumELBO("packed", max_plate_nesting=1)
+
+    def gather(index: Tensor, *args: Tensor) -> Any:
+        return [a if i == forgotten else a[index] for i, a in enumerate(args)], {}
+
+    elbo.gather = lambda *args: tuple(gather(*args))
+    with pytest.raises(
+        ValueError, match=rf"what gather= returned, args\[{forgotten}\] of shape \(5,\) as given, without"
+    ):
+        elbo.loss(*program, table("x", 5), table("y", 5))
+    elbo.gather = lambda index, x, y: ((x[index], y[index][1:]), {})
+    with pytest.raises(ValueError, match=r"expected tensors of 11 rows, got args\[1\] of shape \(10,\)"):
+        elbo.loss(*program, table("x", 5), table("y", 5))
 
 
 @pytest.mark.parametrize("mode", ["packed", "auto"])

@@ -1,4 +1,4 @@
-"""What the sparse families share: probabilities over K outcomes, made from scores by a projection."""
+"""The base of the sparse families: probabilities over K outcomes, made from scores by a projection."""
 
 from __future__ import annotations
 

@@ -24,17 +24,17 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
-from torch.distributions import Independent
 
 from pyro_sparse._precision import widened
 from pyro_sparse._relaxation import Jacobian, check_stand_in, draw_with_stand_in, exact_logits, straight_through
 from pyro_sparse._relaxation import linear_log_prob as _linear
 from pyro_sparse.distributions.checks import check_floating, checked
 from pyro_sparse.distributions.half_precision import HalfPrecision
+from pyro_sparse.distributions.unwrapped import unwrapped
 
 
 class _StraightThrough(HalfPrecision):
-    """What the families share: all but their values, of which they say how to read them off a one-hot vector."""
+    """All of the families but their values, of which they say how to read them off a one-hot vector."""
 
     has_rsample = True
 
@@ -119,13 +119,6 @@ class _StraightThrough(HalfPrecision):
         return ScoreParts(log_prob, 0, log_prob)  # type: ignore[arg-type]
 
 
-def unwrapped(d: Any) -> Any:
-    """What is left of a distribution without ``to_event`` and ``mask``."""
-    while isinstance(d, (Independent, dist.MaskedDistribution)):
-        d = d.base_dist
-    return d
-
-
 def is_straight_through(d: Any) -> bool:
     """Whether a distribution, or what it wraps, is of this file."""
     return isinstance(unwrapped(d), _StraightThrough)
@@ -166,7 +159,7 @@ class OneHotCategoricalST(_StraightThrough, dist.OneHotCategorical):
 
     Args:
         probs: probabilities, or
-        logits: unnormalised log-probabilities. The Jacobian is by the normalised ones, ``d.logits``.
+        logits: unnormalised log-probabilities. The Jacobian is with respect to the normalised ones, ``d.logits``.
         jacobian: see above.
         temperature: :math:`\tau > 0`, a number or a tensor that broadcasts to the batch shape, of ``"reinmax"`` and the
             Gumbel Jacobians: low ones have more variance; high ones more bias, which does not vanish with low ones.

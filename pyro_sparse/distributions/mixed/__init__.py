@@ -1,1 +1,1 @@
-"""What variables with atoms and a density have in common, on a line or on the simplex."""
+"""Variables with atoms and a density, on a line or on the simplex: their base, their wrappers and divergences."""

@@ -1,6 +1,6 @@
 r"""
 Distributions over the non-empty faces of the simplex, as vectors of K bits: which coordinates of a composition are not
-zero. What the families share.
+zero. The base of these families.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_ENUMERABLE = 12  # vertices: 4095 faces
 
 class FaceDistribution(HalfPrecision, TorchDistribution):
     """
-    What the families share. One has ``num_classes`` vertices and one parameter, :attr:`like`; :meth:`log_mass`,
+    The base of these families. One has ``num_classes`` vertices and one parameter, :attr:`like`; :meth:`log_mass`,
     :meth:`sample`, :meth:`entropy`, :attr:`marginals`, :attr:`mode` and :attr:`size_log_probs`.
     """
 

@@ -1,4 +1,4 @@
-"""Distributions on one face of the simplex, as families that have one on each: what they share."""
+"""Distributions on one face of the simplex, the base of families that have one on each."""
 
 from __future__ import annotations
 

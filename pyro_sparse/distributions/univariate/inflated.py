@@ -1,4 +1,4 @@
-r"""A density and atoms that are chosen apart from it: what spike-and-slab and zero-one-inflated variables share."""
+r"""A density and atoms that are chosen apart from it: the base of spike-and-slab and zero-one-inflated variables."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 r"""
-What the mixed families share: probability on atoms, a density between them, and a gradient that sees both.
+The base of the mixed families: probability on atoms, a density between them, and a gradient that sees both.
 
 .. math:: p(z) = \begin{cases} P_a & z = a \text{ an atom} \\ f(z) & \text{elsewhere} \end{cases}
    \qquad\text{w.r.t. } \sum_a \delta_a + \text{Lebesgue}, \qquad \sum_a P_a + \int f = 1.

@@ -1,4 +1,4 @@
-r"""A variable on (0, 1), stretched beyond both ends and rectified: what hard concrete and hard Kumaraswamy share."""
+r"""A variable on (0, 1), stretched beyond both ends and rectified: the base of hard concrete and hard Kumaraswamy."""
 
 from __future__ import annotations
 

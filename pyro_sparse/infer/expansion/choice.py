@@ -3,52 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyro_sparse.infer.expansion.layouts import WORTHWHILE, Layout, Size, cheapest
+from pyro_sparse.infer.expansion.layouts import WORTHWHILE, Layout, Size, cheapest, size
 from pyro_sparse.infer.expansion.messengers import SparseSite
 from pyro_sparse.infer.expansion.rows import Rows, rows_of
+from pyro_sparse.infer.expansion.work import slot_ratios
 
 
 class Choice:
     """
     Attributes:
         ratios: what a slot was counted to cost; see :func:`~pyro_sparse.infer.expansion.layouts.cheapest`.
-        uncounted: sizes that the last step would have needed beside these.
+        uncounted: sizes that the last run would have needed beside these.
+        taken: the name of the layout of each site of the last run, ``"packed"`` for those to be packed if they can be.
     """
 
     def __init__(self) -> None:
         self.ratios: dict[Size, float] = {}
         self.uncounted: set[Size] = set()
-        self._packing: set[str] = set()  # sites of this step for which packed rows are the cheapest
+        self.taken: dict[str, str] = {}
         self._unpackable: set[str] = set()
         self._meeting: set[frozenset[str]] = set()  # sites on all of which one site of the model depends
 
     def layout(self, nesting: int) -> Layout:
         """That of the next run."""
         self.uncounted.clear()
-        self._packing.clear()
-        return cheapest(self.ratios, nesting, self.uncounted, self._packing, self._unpackable)
+        self.taken.clear()
+        return cheapest(self.ratios, nesting, self.uncounted, self.taken, self._unpackable)
 
-    def refuse(self, rows: Rows) -> None:
-        """Packs these sites never again."""
-        self._unpackable |= rows.sites
+    def count(self, run: Callable[[Layout], Mapping[str, SparseSite]], nesting: int) -> None:
+        """Learns what slots cost, from runs on given layouts, of which each returns its sites."""
 
-    def rows(self, owner: str, guide_trace: Any) -> Rows | None:
-        """The rows for a model, where they cost least; None for slots."""
-        if not self._packing:
+        def sizes(layout: Layout) -> dict[str, Size]:
+            sites = run(layout).items()
+            return {name: size(name, site.support_size.shape, site.num_outcomes, nesting) for name, site in sites}
+
+        self.ratios.update(slot_ratios(sizes))
+
+    def rows(self, owner: str, guide_trace: Any, agree: Callable[[Rows], bool]) -> Rows | None:
+        """
+        The rows for a model, where they cost least, and if they ``agree`` with ordinary runs; None for slots. What
+        cannot be packed is not tried again.
+        """
+        packing = {name for name, layout in self.taken.items() if layout == "packed"}
+        if not packing:
             return None
         try:
-            rows = rows_of(owner, guide_trace, self._packing)
+            rows = rows_of(owner, guide_trace, packing)
         except ValueError:  # there are none for these sites
-            self._unpackable |= self._packing
+            self._unpackable |= packing
             return None
-        if rows is None or rows.sites != self._packing:
-            self._unpackable |= self._packing - (frozenset() if rows is None else rows.sites)
+        if rows is None or rows.sites != packing:
+            self._unpackable |= packing - (frozenset() if rows is None else rows.sites)
             return None
         together = len(rows.sites) > 1
         if together and (rows.sites not in self._meeting or rows.count > WORTHWHILE * math.prod(rows.sizes)):
+            return None
+        if not agree(rows):
+            self._unpackable |= rows.sites
             return None
         return rows
 

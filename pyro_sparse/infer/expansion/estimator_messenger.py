@@ -10,12 +10,12 @@ from pyro.distributions import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_sparse.estimators import Estimator, Exact, Plate, Site, Slots
-from pyro_sparse.estimators.base import lists_outcomes, require_outcomes
+from pyro_sparse.estimators import Estimator, Plate, Site, Slots
+from pyro_sparse.estimators.base import Enumeration, lists_outcomes, require_outcomes
 from pyro_sparse.infer.expansion import layouts
 from pyro_sparse.infer.expansion.law import law, padded_law
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
-from pyro_sparse.infer.expansion.messengers import PlatesUnknownError
+from pyro_sparse.infer.expansion.messengers import PlatesUnknownError, SparseSite
 from pyro_sparse.infer.expansion.views import with_linear_log_prob, with_values
 from pyro_sparse.infer.pyro_internals import PARTICLES, Frame, is_subsample
 
@@ -30,7 +30,8 @@ class EstimatorMessenger(MaskedRowsMessenger):
         args, kwargs: the guide's arguments, which baselines may see.
         subsamples: the indices that plates are to reuse.
         kind: "mode" puts each score-function site without slots at its mode.
-        whole: the sites with :class:`Exact` whose masked rows take all their outcomes; None for all.
+        whole: the enumerated sites whose masked rows take all their outcomes; None for all.
+        auto: the layout of sites with mode "auto".
     """
 
     owner = "EstimatorELBO"
@@ -44,6 +45,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         subsamples: Mapping[str, Tensor] | None = None,
         kind: str = "draw",
         whole: Collection[str] | None = None,
+        auto: layouts.Layout = layouts.padded,
     ) -> None:
         self.knows_plates = nesting != float("inf")
         finite = int(nesting) if self.knows_plates else 0
@@ -52,6 +54,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         self.args, self.kwargs = args, kwargs
         self.fixed = dict(subsamples or {})
         self.kind = kind
+        self.auto = auto
         self.forget()
 
     def __enter__(self) -> EstimatorMessenger:
@@ -63,9 +66,10 @@ class EstimatorMessenger(MaskedRowsMessenger):
         """Makes it new for a run."""
         self.estimators: dict[str, Estimator] = {}
         self.slots: dict[str, Slots] = {}
-        self.laws: dict[str, Any] = {}  # of sites with slots: what those were drawn from
+        self.laws: dict[str, Any] = {}  # of sites whose slots were drawn: what from
         self.num_laid_out = 0
-        self.packed: dict[str, Exact] = {}  # sites whose outcomes are rows for the model
+        self.packed: dict[str, Enumeration] = {}  # sites whose outcomes are rows for the model
+        self.choosing: dict[str, Enumeration] = {}  # sites whose outcomes may be
         self.masked, self.narrowed = False, {}
         self.relaxed: list[str] = []  # sites with values between the outcomes
         self.reparameterized: list[str] = []  # sites with one value, whose KL divergence is taken in closed form
@@ -90,6 +94,11 @@ class EstimatorMessenger(MaskedRowsMessenger):
             msg["value"] = estimator.reparameterized(self._site(msg, law(msg["fn"])))
 
     @property
+    def sites_to_choose(self) -> dict[str, SparseSite]:
+        """The sparse sites with mode "auto"."""
+        return {name: site for name, site in self.sites.items() if name in self.choosing}
+
+    @property
     def split(self) -> frozenset[str]:
         """Sites whose value is attached for all but their own log-probabilities."""
         return frozenset(name for name, estimator in self.estimators.items() if estimator.splits)
@@ -105,7 +114,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
                 f"EstimatorELBO, site '{name}': expected no pyro.markov around a site with {type(estimator).__name__}, "
                 "got one. Use SparseEnumELBO or TraceEnum_ELBO, which recycle its dims, or LeaveOneOut."
             )
-        if not isinstance(estimator, Exact):
+        if (how := estimator.enumeration) is None:
             self.laws[name] = padded_law(msg["fn"], self._dims_right_of_slots())
             slots = estimator.draw(self._site(msg, self.laws[name]))
             missing = slots.values.dim() - 1 - len(msg["fn"].batch_shape + msg["fn"].event_shape)
@@ -115,17 +124,17 @@ class EstimatorMessenger(MaskedRowsMessenger):
                 self.relaxed.append(name)
         else:
             if not getattr(law(msg["fn"]), "has_sparse_support", False):  # whose support it may list without all others
-                require_outcomes("Exact", self._site(msg, law(msg["fn"])))
-            self.layout = layouts.union if estimator.mode == "union" else layouts.padded
-            self.max_support = estimator.max_support
-            if estimator.mode == "packed":
-                self.packed[name] = estimator
+                require_outcomes(type(estimator).__name__, self._site(msg, law(msg["fn"])))
+            self.layout = {"union": layouts.union, "auto": self.auto}.get(how.mode, layouts.padded)
+            self.max_support = how.max_support
+            if how.mode in ("packed", "auto"):
+                (self.packed if how.mode == "packed" else self.choosing)[name] = how
         # Without the options that would make the stock messenger sample.
         infer = {key: value for key, value in msg["infer"].items() if key not in ("num_samples", "tmc")}
         msg["infer"] = {**infer, "enumerate": "parallel"}
         super()._pyro_sample(msg)
         self.num_laid_out += 1
-        if not isinstance(estimator, Exact):
+        if how is None:
             self.slots[name] = slots._replace(values=msg["value"])
 
     def _dims_right_of_slots(self) -> int:
@@ -138,11 +147,17 @@ class EstimatorMessenger(MaskedRowsMessenger):
         )
 
     def _enumerates(self, msg: Any) -> bool:
-        return isinstance(self.estimators[msg["name"]], Exact) and super()._enumerates(msg)
+        return msg["name"] not in self.laws and super()._enumerates(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if "_enumerate_dim" in msg["infer"]:
             super()._pyro_post_sample(msg)
+
+
+def lists_by(estimators: Mapping[str, Estimator | None], mode: str) -> bool:
+    """Whether the outcomes of some site are to be listed in this mode."""
+    asked = (e.enumeration for e in estimators.values() if e is not None)
+    return any(how is not None and how.mode == mode for how in asked)
 
 
 def data_plates(

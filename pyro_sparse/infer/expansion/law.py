@@ -10,7 +10,8 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 from torch.distributions import Independent
 
-from pyro_sparse.estimators.base import element
+from pyro_sparse.distributions.mixed.base import MixedBase
+from pyro_sparse.distributions.unwrapped import unwrapped
 
 
 def law(fn: Any) -> Any:
@@ -49,7 +50,12 @@ def padded_law(fn: Any, dims: int) -> Any:
 
 def is_point_mass(fn: Any) -> bool:
     """Whether it draws nothing: a value of the program's own, with its ``log_density``."""
-    return isinstance(element(law(fn)), Delta)
+    return isinstance(unwrapped(fn), Delta)
+
+
+def jumps(fn: Any) -> bool:
+    """Whether it has atoms and is drawn purely pathwise: log-probabilities, which see the draw's derivative, jump."""
+    return isinstance(unwrapped(fn), MixedBase) and bool(fn.has_rsample)
 
 
 def full_score_parts(fn: Any, value: Tensor) -> ScoreParts:

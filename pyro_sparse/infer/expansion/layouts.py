@@ -46,7 +46,7 @@ def cheapest(
     ratios: Mapping[Size, float],
     nesting: int,
     uncounted: set[Size],
-    packing: set[str] | None = None,
+    taken: dict[str, str] | None = None,
     unpackable: Collection[str] = (),
 ) -> Layout:
     r"""
@@ -62,33 +62,37 @@ def cheapest(
         ratios: r for each site (:func:`~pyro_sparse.infer.expansion.work.slot_ratios`); sites not in it are padded.
         nesting: how many dims plates have.
         uncounted: gets the sizes that are not in ``ratios``.
-        packing: gets the sites that are padded to be packed; None where they cannot be.
+        taken: gets the name of each site's layout, ``"packed"`` for one that is padded to be packed; None where none
+            can be packed.
         unpackable: sites that are not to be.
     """
+
+    names: dict[str, str] = {} if taken is None else taken
 
     def layout(name: str, fn: SparseDistribution, shared_dims: tuple[int, ...]) -> Tensor:
         outcomes = math.inf if fn.num_outcomes is None else fn.num_outcomes
         key = size(name, fn.batch_shape, fn.num_outcomes, nesting)
         ratio = ratios.get(key)
+        names[name] = "padded"
         if ratio is None:
             uncounted.add(key)
             return padded(name, fn, shared_dims)
         if outcomes <= ratio:  # even one slot per row costs as much as all outcomes
+            names[name] = "dense"
             return dense(name, fn, shared_dims)
         values = padded(name, fn, shared_dims)
-        work, packs = ratio * len(values), False
-        if packing is not None and name not in unpackable:
+        work = ratio * len(values)
+        if taken is not None and name not in unpackable:
             packed = ratio * float(fn.support_size.double().mean()) / WORTHWHILE
             if packed < work:
-                work, packs = packed, True
+                work, names[name] = packed, "packed"
         if ratio * WORTHWHILE > 1:  # else the union, at least as long as the longest support, saves too little
             shared = union(name, fn, shared_dims)
             if len(shared) < work:
-                values, work, packs = shared, len(shared), False
+                values, work, names[name] = shared, len(shared), "union"
         if work > WORTHWHILE * outcomes:
+            names[name] = "dense"
             return dense(name, fn, shared_dims)
-        if packs and packing is not None:
-            packing.add(name)
         return values
 
     return layout

@@ -12,6 +12,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
+from pyro_sparse.distributions.unwrapped import unwrapped
 from pyro_sparse.infer.expansion.law import masks
 from pyro_sparse.infer.expansion.layouts import Layout, dense, padded
 from pyro_sparse.infer.expansion.views import with_values
@@ -24,10 +25,14 @@ class PlatesUnknownError(Exception):
 
 @dataclass(frozen=True)
 class SparseSite:
-    """What one enumerated site had: the support size of each row (0 if masked), the number of outcomes, if known."""
+    """
+    What one enumerated site had: the support size of each row (0 if masked), the number of outcomes, if known, and the
+    name of its layout.
+    """
 
     support_size: Tensor
     num_outcomes: int | None
+    layout: str
 
 
 def outside_window(owner: str, name: str, where: str) -> ValueError:
@@ -104,12 +109,9 @@ class SparseEnumMessenger(EnumMessenger):
         fn, infer, name = msg["fn"], msg["infer"], msg["name"]
         if self.guide_sites is not None and (name in self.guide_sites or infer.get("enumerate") != "parallel"):
             return False
-        base = fn
-        while not isinstance(base, SparseDistribution) and hasattr(base, "base_dist"):
-            base = base.base_dist
-        if not isinstance(base, SparseDistribution):
-            return False
-        if base is not fn:
+        if not isinstance(fn, SparseDistribution):
+            if not isinstance(base := unwrapped(fn), SparseDistribution):
+                return False
             raise ValueError(
                 f"{self.owner}, site '{name}': expected one outcome per plate element, got {base} under .to_event() "
                 f"or another wrapper ({type(fn).__name__}). Use a pyro.plate for its batch dims."
@@ -139,11 +141,12 @@ class SparseEnumMessenger(EnumMessenger):
                 f"{self.owner}, site '{name}': expected supports of at most max_support={self.max_support} outcomes, "
                 f"got {int(sizes.max())}. Raise max_support, or use a sparser projection or larger scores."
             )
-        self.sites[name] = SparseSite(sizes, fn.num_outcomes)
+        layout = dense if asked == "dense" else self.layout
+        self.sites[name] = SparseSite(sizes, fn.num_outcomes, layout.__name__)
         # In pyro.markov enumeration dims are recycled: values must not carry those of the site's parents.
         upstream = range(-len(fn.batch_shape), -self.max_plate_nesting)
         shared = tuple(upstream) if "_markov_scope" in msg["infer"] else ()
-        return (dense if asked == "dense" else self.layout)(name, fn, shared)
+        return layout(name, fn, shared)
 
 
 def _is_open(fn: SparseDistribution) -> bool:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from pyro_sparse.infer.expansion.law import law
 from pyro_sparse.infer.pyro_internals import PARTICLES, Frame
@@ -117,6 +118,13 @@ class Rows:
         return index
 
 
+class Ran(NamedTuple):
+    """On how many rows the model ran, and of which sites."""
+
+    rows: int
+    sites: frozenset[str]
+
+
 def with_dims(value: Tensor, dims: int) -> Tensor:
     """With so many dims at least, those that it lacks of size one."""
     missing = dims - value.dim()
@@ -185,6 +193,14 @@ def _active(nodes: list[Any], slots: tuple[int, ...], dim: int, size: int) -> tu
     return (*kept.shape[1:], size), torch.cat([index[1:], index[:1]])
 
 
+def named_leaves(args: Any, kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is in arguments, with the words for each."""
+    for name, given in (("args", args), ("kwargs", dict(kwargs))):
+        for path, leaf in tree_flatten_with_path(given)[0]:
+            shape = f" of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else ""
+            yield f"{name}{keystr(path)}{shape}", leaf
+
+
 _TAKEN = (torch.strided, torch.sparse_coo)  # of other layouts torch takes no rows
 
 
@@ -199,5 +215,5 @@ def place(index: Tensor, size: int, args: Any, kwargs: Mapping[str, Any]) -> tup
     def of(leaf: Any) -> Any:
         return leaf.index_select(0, index.to(leaf.device)) if has_rows(leaf, size) else leaf
 
-    placed: tuple[Any, Any] = torch.utils._pytree.tree_map(of, (args, dict(kwargs)))
+    placed: tuple[Any, Any] = tree_map(of, (args, dict(kwargs)))
     return placed

@@ -1,4 +1,4 @@
-"""What a step of :class:`SparseEnumELBO` ran on."""
+"""What a step ran on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_sparse.infer.expansion.messengers import SparseSite
+from pyro_sparse.infer.expansion.rows import Ran
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class SupportStats:
         dense_rows: what enumerating all K outcomes would have cost; where two sites meet in a third and one of them
             has a support of one outcome everywhere, a lower bound. None where nobody can list the outcomes.
         sites: for each sparse site its mean and largest support size.
+        layouts: for each sparse site what it ran on: ``"padded"`` or ``"union"`` slots, ``"packed"`` rows, or all K
+            outcomes, ``"dense"``. In mode ``"auto"`` that is the choice; of several particles the last one's.
     """
 
     mean: float
@@ -33,6 +36,7 @@ class SupportStats:
     model_rows: int
     dense_rows: int | None
     sites: Mapping[str, tuple[float, int]]
+    layouts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,11 +46,20 @@ class StepRecord:
     sites: list[Mapping[str, SparseSite]] = field(default_factory=list)
     model_rows: int = 0
     dense_rows: int | None = 0
+    layouts: dict[str, str] = field(default_factory=dict)
 
     def add(
-        self, sites: Mapping[str, SparseSite], model_trace: Any, guide_trace: Any, ran_on: int | None = None
+        self,
+        sites: Mapping[str, SparseSite],
+        model_trace: Any,
+        guide_trace: Any,
+        ran_on: Ran | None,
+        taken: Mapping[str, str],
     ) -> None:
-        """Adds one particle's traces; and on how many rows the model ran, if these do not tell."""
+        """
+        Adds one particle's traces; on which rows the model ran, if there were any; and the layouts that were chosen for
+        some sites, of which a packed one stands for slots where there were none.
+        """
         dims = {**_enumerate_dims(guide_trace, sites), **_enumerate_dims(model_trace, sites)}
         listed = {name: site.num_outcomes for name, site in sites.items() if site.num_outcomes is not None}
         rows, dense_rows = 0, 0
@@ -60,7 +73,11 @@ class StepRecord:
                     sizes[dim] = listed[other]
             dense_rows = max(dense_rows, prod(sizes.values()))
         self.sites.append(sites)
-        self.model_rows += rows if ran_on is None else ran_on
+        self.model_rows += rows if ran_on is None else ran_on.rows
+        packed = frozenset() if ran_on is None else ran_on.sites
+        for name, site in sites.items():
+            on_slots = taken.get(name, site.layout).replace("packed", "padded")
+            self.layouts[name] = "packed" if name in packed else on_slots
         self.dense_rows = None if self.dense_rows is None or len(listed) < len(sites) else self.dense_rows + dense_rows
 
     def summary(self) -> SupportStats:
@@ -77,6 +94,7 @@ class StepRecord:
             model_rows=self.model_rows,
             dense_rows=self.dense_rows,
             sites={name: _mean_and_max(size) for name, size in sizes.items()},
+            layouts=self.layouts,
         )
 
 

@@ -1,6 +1,7 @@
 """
 Views of a distribution, which draw nothing else: other values in place of all outcomes, log-probabilities between the
-outcomes, or without a derivative by the value. Handlers put them at a site; the distribution itself stays what it is.
+outcomes, or without a derivative with respect to the value. Handlers put them at a site; the distribution itself stays
+what it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.distributions import Bernoulli, Independent, OneHotCategorical
 
 from pyro_sparse._relaxation import exact_logits, linear_log_prob
 from pyro_sparse.distributions import SparseOneHotCategorical
-from pyro_sparse.distributions.discrete.straight_through import unwrapped
+from pyro_sparse.distributions.unwrapped import unwrapped
 from pyro_sparse.infer.expansion.law import full_score_parts, law
 
 
@@ -90,7 +91,7 @@ def _linear_log_prob(fn: Any, value: Tensor) -> Any:
 
 
 def with_fixed_value(fn: Any) -> Any:
-    """A view of ``fn`` whose log-probability has no derivative by the value, and is the score function in full."""
+    """A view whose log-probability has no derivative with respect to the value, and is the score function in full."""
     view = _view(fn)
     view.__dict__["log_prob"] = lambda value: fn.log_prob(value.detach())
     view.__dict__["score_parts"] = lambda value: full_score_parts(fn, value.detach())

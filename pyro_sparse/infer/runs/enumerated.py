@@ -10,7 +10,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 
-from pyro_sparse.infer.expansion.rows import Rows
+from pyro_sparse.infer.expansion.rows import Ran, Rows
 from pyro_sparse.infer.pyro_internals import check_local_sampling
 from pyro_sparse.infer.runs.explanations import Alone
 from pyro_sparse.infer.runs.on_rows import OnRows
@@ -20,7 +20,7 @@ Pair = tuple[poutine.Trace, poutine.Trace]  # model, guide
 
 def enumerated(
     model: Any, guide: Any, alone: Alone, on: OnRows, rows_of: Callable[[poutine.Trace], Rows | None]
-) -> tuple[Pair, int | None]:
+) -> tuple[Pair, Ran | None]:
     """
     The traces of a run, the model on packed rows of the guide's trace where ``rows_of`` gives any, and else on slots;
     and on how many rows it ran.

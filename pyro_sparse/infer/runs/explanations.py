@@ -184,10 +184,13 @@ def explained(
 
 
 @contextmanager
-def explained_on_rows(alone: Alone, plate: str, runs_on_one: Callable[[], bool]) -> Iterator[None]:
+def explained_on_rows(
+    alone: Alone, plate: str, runs_on_one: Callable[[], bool], placed: Callable[[], str]
+) -> Iterator[None]:
     """
     Raises in place of an error of a model on packed rows what they have to do with it, if it runs without them, or if
-    it runs on one of them, as ``runs_on_one`` finds out.
+    it runs on one of them, as ``runs_on_one`` finds out; with what was given a row for each, in the words of
+    ``placed``.
     """
     try:
         yield
@@ -205,7 +208,7 @@ def explained_on_rows(alone: Alone, plate: str, runs_on_one: Callable[[], bool])
             ) from error
         raise ValueError(
             f"{alone.owner}, plate '{plate}': expected a model that runs on packed rows, got one that raises on them "
-            f"({first_line}). {ON_ROWS}"
+            f"({first_line}). {placed()}. {ON_ROWS}"
         ) from error
 
 

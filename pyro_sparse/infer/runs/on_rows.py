@@ -17,11 +17,11 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
-from pyro_sparse.estimators.exact import Gather
+from pyro_sparse.estimators.base import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
-from pyro_sparse.infer.expansion.rows import Rows, has_rows, joined, place, with_dims
+from pyro_sparse.infer.expansion.rows import Ran, Rows, has_rows, joined, named_leaves, place, with_dims
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, handlers_around, is_subsample
 from pyro_sparse.infer.runs.again import made_again
@@ -69,7 +69,7 @@ class OnRows:
     check: bool = True
     fixed: Collection[str] = ()
 
-    def model_trace(self, model: Any, alone: Alone, guide_trace: Any, rows: Rows | None) -> tuple[Any, int | None]:
+    def model_trace(self, model: Any, alone: Alone, guide_trace: Any, rows: Rows | None) -> tuple[Any, Ran | None]:
         """The model's trace on the guide's values, without rows an ordinary one; and on how many rows it ran."""
         args, kwargs = alone.args, alone.kwargs
         if rows is None:
@@ -78,11 +78,11 @@ class OnRows:
         def runs_on_one() -> bool:
             return self.chunk_rows != 1 and self._runs_on_one(model, args, kwargs, guide_trace, rows)
 
-        with explained_on_rows(alone, rows.frame.name, runs_on_one):
+        with explained_on_rows(alone, rows.frame.name, runs_on_one, lambda: _placed(self, rows, args, kwargs)):
             self.check_once(model, args, kwargs, guide_trace, rows)
             return self.run(model, args, kwargs, guide_trace, rows)
 
-    def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, int]:
+    def run(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> tuple[Any, Ran]:
         """The model's trace, with log-probabilities in slots, and on how many rows its largest site ran."""
         if self.chunk_rows is not None and (around := handlers_around()):
             raise ValueError(
@@ -113,7 +113,7 @@ class OnRows:
             scored[:] = [None]  # the backward pass holds it, and would hold what the nodes do
         for name, parts in sites.items():
             result.add_node(name, **_in_slots(self.owner, parts, guide_trace, self.nesting))
-        return result, ran_on
+        return result, Ran(ran_on, rows.sites)
 
     def _runs_on_one(self, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> bool:
         try:
@@ -158,7 +158,7 @@ class OnRows:
             indices = given.nodes[rows.frame.name]["value"]
             given.remove_node(rows.frame.name)
         own_args, own_kwargs = self._arguments(rows, args, kwargs)
-        handler = RowsMessenger(self.owner, rows, indices)
+        handler = RowsMessenger(self.owner, rows, indices, lambda: _placed(self, rows, args, kwargs))
         trace = poutine.trace(handler(poutine.replay(model, trace=given))).get_trace(*own_args, **own_kwargs)
         for name in self.fixed:
             if name in trace.nodes:
@@ -192,10 +192,10 @@ class OnRows:
             )
         own_args, own_kwargs = gathered
         before = {id(leaf) for leaf in tree_leaves((args, kwargs))}
-        for leaf in tree_leaves((own_args, own_kwargs)):
+        for name, leaf in named_leaves(own_args, own_kwargs):
             if isinstance(leaf, Tensor) and id(leaf) not in before and rows.count not in leaf.shape:
                 raise ValueError(
-                    f"{self.owner}, gather: expected tensors of {rows.count} rows, got shape {tuple(leaf.shape)}. "
+                    f"{self.owner}, gather: expected tensors of {rows.count} rows, got {name}. "
                     "Return (args, kwargs) with x.index_select(dim, index) of what has a row for each example."
                 )
         return own_args, own_kwargs
@@ -326,14 +326,14 @@ def _content(cell: Any) -> int | None:
 
 def _placed(on: OnRows, rows: Rows, args: Any, kwargs: Any) -> str:
     """What was given a row for each, in words."""
+    size = rows.sizes[-1]
     if on.gather is not None:
-        return "The rows' arguments are what gather= returned"
-    found = [
-        f"{name}{keystr(path)} of shape {tuple(leaf.shape)}"
-        for name, given in (("args", args), ("kwargs", dict(kwargs)))
-        for path, leaf in tree_flatten_with_path(given)[0]
-        if has_rows(leaf, rows.sizes[-1])
-    ]
+        before = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        returned = named_leaves(*on._arguments(rows, args, kwargs))
+        kept = [n for n, leaf in returned if isinstance(leaf, Tensor) and id(leaf) in before and size in leaf.shape]
+        as_given = f", {' and '.join(kept)} as given, without a row for each" if kept else ""
+        return f"The rows' arguments are what gather= returned{as_given}"
+    found = [name for name, leaf in named_leaves(args, kwargs) if has_rows(leaf, size)]
     return f"By their leading sizes {' and '.join(found) or 'no arguments'} got a row for each"
 
 
@@ -343,6 +343,7 @@ def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_tra
     example, where no noise reaches. A model that runs on rows only is not compared.
     """
     differing: set[str] = set()
+    resized: dict[str, str] = {}  # plates that have other sizes, in words
     if rows.is_batch():  # it would be compared with itself
         rows = replace(rows, index=torch.cat([rows.index, rows.index[:, -1:]], 1))
     with undisturbed(), poutine.block(), evaluated(DROPOUT):
@@ -367,15 +368,25 @@ def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_tra
                 if node["type"] != "sample" or site_is_subsample(node):
                     continue
                 got = packed[name]["log_prob"] if name in packed else torch.full((), torch.nan)
+                sizes = {f.name: f.size for f in packed[name]["cond_indep_stack"]} if name in packed else {}
+                others = {
+                    f.name: f"plate '{f.name}' of {sizes[f.name]} elements, not {f.size}"
+                    for f in node["cond_indep_stack"]
+                    if sizes.get(f.name, f.size) not in (f.size, rows.frame.size)
+                }
+                resized.update(others)
+                if others:
+                    continue
                 inside = any(frame.name == rows.frame.name for frame in node["cond_indep_stack"])
                 got = each.gather(got) if inside and name in packed else got
                 if close(node["log_prob"], same[name]["log_prob"]) and not close(got, node["log_prob"]):
                     differing.add(name)
         again()
-    if differing:
+    if differing or resized:
+        got = [f"other log-probabilities at {sorted(differing)}"] if differing else []
         raise ValueError(
             f"{on.owner}, plate '{rows.frame.name}': expected a model that is the same on packed rows as on the batch, "
-            f"got other log-probabilities at {sorted(differing)}. {_placed(on, rows, args, kwargs)}, and no row may "
+            f"got {' and '.join([*got, *resized.values()])}. {_placed(on, rows, args, kwargs)}, and no row may "
             f"see another or how many there are. {ON_ROWS} (This is checked at the first run of arguments of these "
             "sizes and switches, under validation; check=False leaves it out.)"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyro import poutine
@@ -12,9 +13,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sparse.estimators import Estimator
+from pyro_sparse.infer.expansion.choice import Choice
 from pyro_sparse.infer.expansion.estimator_messenger import EstimatorMessenger
-from pyro_sparse.infer.expansion.messengers import ModelEnumMessenger, PlatesUnknownError
-from pyro_sparse.infer.expansion.rows import Rows, rows_of
+from pyro_sparse.infer.expansion.layouts import Layout, padded
+from pyro_sparse.infer.expansion.messengers import ModelEnumMessenger, PlatesUnknownError, SparseSite
+from pyro_sparse.infer.expansion.rows import Ran, Rows, rows_of
 from pyro_sparse.infer.expansion.views import LinearLogProbs
 from pyro_sparse.infer.refusals import smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained
@@ -35,6 +38,8 @@ class Program:
         alone: the same without a plate of particles around guide and model.
         watched: whether what depends on which draw is noted down.
         compared: what packed rows were compared with ordinary runs.
+        choice: chooses for sites with mode "auto".
+        closed_form: whether closed-form divergences are taken, beside which nothing is packed.
     """
 
     model: Any
@@ -47,6 +52,8 @@ class Program:
     alone: Alone
     watched: bool = False
     compared: Compared = field(default_factory=Compared)
+    choice: Choice = field(default_factory=Choice)
+    closed_form: bool = False
 
     def run(
         self,
@@ -54,6 +61,7 @@ class Program:
         subsamples: Mapping[str, Tensor] | None = None,
         wrap: Callable[[Any], Any] | None = None,
         whole: Collection[str] | None = None,
+        probe: Layout | None = None,
     ) -> Traces:
         """
         Runs the guide, then the model on its values.
@@ -63,8 +71,10 @@ class Program:
             subsamples: the indices that plates are to reuse.
             wrap: goes around the guide, outside of what draws the slots.
             whole: the sites whose masked rows are laid out in full; None for all.
+            probe: the layout of sites with mode "auto"; None for the cheapest.
         """
-        messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind, whole)
+        auto = probe or (self.choice.layout(int(self.nesting)) if self.nesting < math.inf else padded)
+        messenger = EstimatorMessenger(self.find, self.nesting, self.args, self.kwargs, subsamples, kind, whole, auto)
         guide = messenger(self.guide)
         tracer = poutine.trace(guide if wrap is None else wrap(guide))
         provenance = Provenance() if self.watched else None
@@ -74,7 +84,7 @@ class Program:
             try:
                 with self._explained(tracer, messenger):
                     guide_trace = self._guide_trace(tracer, provenance)
-                    model_trace, rows, ran_on = self._model_trace(guide_trace, messenger)
+                    model_trace, rows, ran_on = self._model_trace(guide_trace, messenger, probe is not None)
                     names = guide_trace.nodes.items()
                     indices = {name: node["value"] for name, node in names if site_is_subsample(node)}
                     compute_log_probs(
@@ -84,31 +94,47 @@ class Program:
                 self.nesting = self.count_plates()
                 begun = tracer.msngr.trace  # else the branches that lead to slots would be drawn less often
                 wrap = wrap or (lambda guide: guide)
-                return self.run(kind, subsamples, lambda guide: poutine.replay(wrap(guide), trace=begun))
+                return self.run(kind, subsamples, lambda guide: poutine.replay(wrap(guide), trace=begun), probe=probe)
+        if probe is None and rows is None and messenger.choosing:
+            self.choice.learn(messenger.sites_to_choose, model_trace, guide_trace)
         return Traces(model_trace, guide_trace, messenger, indices, self, provenance, rows, ran_on)
+
+    def sites_of_probe(self, layout: Layout) -> dict[str, SparseSite]:
+        """The sites with mode "auto" of a run in which they have this layout."""
+        return replace(self, watched=False).run(probe=layout).expansion.sites_to_choose
 
     def _guide_trace(self, tracer: Any, provenance: Provenance | None) -> Any:
         with nullcontext() if provenance is None else LabelDraws(provenance):
             return tracer.get_trace(*self.args, **self.kwargs)
 
-    def _model_trace(self, guide_trace: Any, messenger: EstimatorMessenger) -> tuple[Any, Rows | None, int | None]:
+    def _model_trace(
+        self, guide_trace: Any, messenger: EstimatorMessenger, probing: bool
+    ) -> tuple[Any, Rows | None, Ran | None]:
         """The model's trace; the packed rows and their number, if it ran on such."""
         sites = [name for name, node in guide_trace.nodes.items() if node["type"] == "sample"]
         model = ModelEnumMessenger(self.nesting, sites)(self.model)
         model = LinearLogProbs(messenger.relaxed)(model) if messenger.relaxed else model
         on = self._on_rows(messenger)
         rows = rows_of("EstimatorELBO", guide_trace, messenger.packed)
+
+        def agree(rows: Rows) -> bool:
+            known_in_slots = self.closed_form or messenger.reparameterized  # of which the prior must be
+            return not known_in_slots and on.agrees(model, self.alone.args, self.alone.kwargs, guide_trace, rows)
+
+        if messenger.choosing and not probing:
+            rows = rows or self.choice.rows("EstimatorELBO", guide_trace, agree)
         model_trace, ran_on = on.model_trace(model, self.alone, guide_trace, rows)
         return model_trace, rows, ran_on
 
     def _on_rows(self, messenger: EstimatorMessenger) -> OnRows:
         """How the model is run on packed rows, where there are any."""
-        if not messenger.packed:
+        asked = messenger.packed or messenger.choosing
+        if not asked:
             return OnRows("EstimatorELBO", 0)
-        options = {(e.chunk_rows, e.gather, e.check) for e in messenger.packed.values()}
+        options = {(e.chunk_rows, e.gather, e.check) for e in asked.values()}
         if len(options) > 1:
             raise ValueError(
-                f"EstimatorELBO, site {' or '.join(map(repr, messenger.packed))}: expected the same chunk_rows, gather "
+                f"EstimatorELBO, site {' or '.join(map(repr, asked))}: expected the same chunk_rows, gather "
                 "and check at all packed sites, which share their rows, got several. Use one Exact(...) for all."
             )
         [(chunk_rows, gather, check)] = options

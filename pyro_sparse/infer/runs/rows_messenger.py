@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -14,11 +15,19 @@ from pyro_sparse.infer.pyro_internals import is_subsample
 
 
 class RowsMessenger(Messenger):
-    """In a model: its plate has a row where the guide's has an example."""
+    """
+    In a model: its plate has a row where the guide's has an example.
 
-    def __init__(self, owner: str, rows: Rows, indices: Tensor | None) -> None:
+    Args:
+        owner: the ELBO, in errors.
+        rows: the rows.
+        indices: of the plate's elements; None if it is not subsampled.
+        placed: says what was given a row for each, in errors.
+    """
+
+    def __init__(self, owner: str, rows: Rows, indices: Tensor | None, placed: Callable[[], str]) -> None:
         super().__init__()
-        self.owner, self.rows = owner, rows
+        self.owner, self.rows, self.placed = owner, rows, placed
         self.indices = torch.arange(rows.sizes[-1], device=rows.index.device) if indices is None else indices
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -28,14 +37,22 @@ class RowsMessenger(Messenger):
                 f"{self.owner}, site '{msg['name']}': expected it in plate '{self.rows.frame.name}' in the model, as "
                 f"in the guide, got {plates}. Use one name, or mode='padded'."
             )
-        if not is_subsample(msg["fn"]) or msg["name"] != self.rows.frame.name:
+        if not is_subsample(msg["fn"]):
             return
         rows, given, asked = self.rows, msg["value"], msg["fn"].subsample_size
+        if msg["name"] != rows.frame.name:
+            if given is not None and len(given) != (asked or msg["fn"].size) == rows.count:  # the guide's indices
+                raise ValueError(
+                    f"{self.owner}, plate '{msg['name']}': expected {len(given)} elements, as in the guide, got "
+                    f"{rows.count}, the number of packed rows of plate '{rows.frame.name}'. Take its size from what is "
+                    "given no row for each, or use mode='padded'."
+                )
+            return
         if asked is not None and asked != rows.count:
             raise ValueError(
                 f"{self.owner}, plate '{msg['name']}': expected as many elements as there are rows, got "
-                f"subsample_size={asked}, a number that is not the data's. Use subsample_size=len(x), x an argument "
-                "with a row for each element, or one that gather= places."
+                f"subsample_size={asked}, a number that is not the data's. {self.placed()}. Use "
+                "subsample_size=len(x), x one of these, or place others by gather=."
             )
         if given is not None:
             if len(given) != rows.count:  # indices that are no argument

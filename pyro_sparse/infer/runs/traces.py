@@ -13,7 +13,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyro_sparse.infer.expansion.estimator_messenger import EstimatorMessenger
-from pyro_sparse.infer.expansion.rows import Rows
+from pyro_sparse.infer.expansion.rows import Ran, Rows
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import Frame
 from pyro_sparse.infer.runs.provenance import Provenance
@@ -40,7 +40,7 @@ class Traces:
     program: Any
     provenance: Provenance | None = None
     rows: Rows | None = None
-    ran_on: int | None = None
+    ran_on: Ran | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:

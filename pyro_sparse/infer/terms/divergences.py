@@ -26,9 +26,8 @@ from torch.distributions import (
 )
 
 from pyro_sparse.distributions.discrete.kl import kl_bits, kl_categorical
-from pyro_sparse.distributions.mixed.base import MixedBase, UnknownDivergence
-from pyro_sparse.estimators.base import element
-from pyro_sparse.infer.expansion.law import is_point_mass, law
+from pyro_sparse.distributions.mixed.base import UnknownDivergence
+from pyro_sparse.infer.expansion.law import is_point_mass, jumps, law
 from pyro_sparse.infer.pyro_internals import is_that_of_the_bases
 
 _ON_AN_INTERVAL = (ContinuousBernoulli, Uniform)
@@ -73,7 +72,7 @@ def closed_form_divergences(
             if guide_site["fn"].has_rsample:
                 raise  # sampled pathwise it would be biased
         except (NoClosedFormError, NotImplementedError) as why:
-            if name in required or _jumps_pathwise(guide_site["fn"]):
+            if name in required or jumps(guide_site["fn"]):
                 raise _no_divergence(name, guide_site, model_site, why) from why
         else:
             kls[name] = scale_and_mask(kl, scale=guide_site["scale"], mask=guide_site["mask"])
@@ -161,11 +160,6 @@ def _without(fn: Any, dims: int) -> Any:
     """With so many event dims as batch dims again."""
     left = fn.reinterpreted_batch_ndims - dims
     return fn.base_dist.to_event(left) if left else fn.base_dist
-
-
-def _jumps_pathwise(fn: Any) -> bool:
-    """Whether log-probabilities at its draws, which carry derivatives, jump."""
-    return bool(fn.has_rsample) and isinstance(element(law(fn)), MixedBase)
 
 
 def _equal(a: Any, b: Any) -> bool:

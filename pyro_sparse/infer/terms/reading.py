@@ -115,8 +115,7 @@ class Reader:
             if (dim := node["infer"].get("_enumerate_dim")) is not None:
                 laid_out = traces.expansion.slots.get(name)
                 log_weights = log_prob.detach() if laid_out is None else laid_out.log_weights
-                relaxes = self._estimator(traces, name, node).relaxes
-                slots[dim] = SlotDim(name, vectorized(node), log_weights.exp(), relaxes)
+                slots[dim] = SlotDim(name, vectorized(node), log_weights.exp(), name in traces.expansion.relaxed)
         return slots
 
     def _score_site(

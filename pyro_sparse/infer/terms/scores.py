@@ -110,8 +110,8 @@ class Run:
 
     def check_derivatives(self) -> None:
         """
-        Raises if other terms depend on the value of a site whose estimator differentiates by it, and none of them has a
-        derivative with respect to it.
+        Raises if other terms depend on the value of a site whose estimator differentiates with respect to it, and none
+        of them has a derivative with respect to it.
         """
         guide, expansion = self.traces.guide, self.traces.expansion
         sites = smooth_sites(guide, expansion.estimators)
@@ -121,5 +121,5 @@ class Run:
             if not value.requires_grad or reaches(paths, value):
                 continue
             if is_used(self.traces.program, guide, self.traces.subsamples, name):
-                got = "without a derivative by them: it rounds the value, or takes an index from it"
+                got = "without a derivative with respect to them: it rounds the value, or takes an index from it"
                 raise not_relaxed({name: what}, got)
