@@ -149,6 +149,7 @@ class EstimatorELBO(ELBO, nn.Module):
         self._choosing = False  # whether there are such sites, of which nothing was counted yet
         self._record: StepRecord | None = None
         self._means = Means()
+        self._within: set[frozenset[str]] = set()  # as in SparseEnumELBO
         self._sequential = False  # whether infer asked for sequential enumeration so far: saves a run
         ELBO.__init__(self, **kwargs)
         if analytic_kl and bounds:
@@ -319,7 +320,7 @@ class EstimatorELBO(ELBO, nn.Module):
             particles = pyro.plate(PARTICLES, self.num_particles, dim=self._particle_dim)
             own_guide, own_model = particles(guide), particles(model)
         find, nesting, watched = self.assignment.find, self.max_plate_nesting, self.costs == "graph"
-        chosen = self._rows_compared, self._choice, self.analytic_kl
+        chosen = self._rows_compared, self._choice, self.analytic_kl, self._within
         return Program(own_model, own_guide, args, kwargs, find, count_plates, nesting, alone, watched, *chosen)
 
     def _particle(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyro import poutine
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from pyro_sparse.infer.runs.explanations import Alone, Several, explained
 from pyro_sparse.infer.runs.on_rows import Compared, OnRows
 from pyro_sparse.infer.runs.provenance import LabelDraws, Provenance
 from pyro_sparse.infer.runs.traces import Traces, compute_log_probs
+from pyro_sparse.infer.runs.window import require_window
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Program:
         compared: what packed rows were compared with ordinary runs.
         choice: chooses for sites with mode "auto".
         closed_form: whether closed-form divergences are taken, beside which nothing is packed.
+        within: sites in ``pyro.markov`` whose window was looked at.
     """
 
     model: Any
@@ -54,6 +57,7 @@ class Program:
     compared: Compared = field(default_factory=Compared)
     choice: Choice = field(default_factory=Choice)
     closed_form: bool = False
+    within: set[frozenset[str]] = field(default_factory=set)
 
     def run(
         self,
@@ -95,9 +99,20 @@ class Program:
                 begun = tracer.msngr.trace  # else the branches that lead to slots would be drawn less often
                 wrap = wrap or (lambda guide: guide)
                 return self.run(kind, subsamples, lambda guide: poutine.replay(wrap(guide), trace=begun), probe=probe)
+        self._check_window(model_trace)
         if probe is None and rows is None and messenger.choosing:
             self.choice.learn(messenger.sites_to_choose, model_trace, guide_trace)
         return Traces(model_trace, guide_trace, messenger, indices, self, provenance, rows, ran_on)
+
+    def _check_window(self, model_trace: Any) -> None:
+        """Raises, at the first run of each chain, if a site depends on one outside of its window."""
+        nodes = model_trace.nodes.items()
+        sites = frozenset(
+            n for n, node in nodes if {"_markov_scope", "_enumerate_dim"} <= (node.get("infer") or {}).keys()
+        )
+        if sites and sites not in self.within and is_validation_enabled():
+            require_window(self.alone, sites)
+            self.within.add(sites)
 
     def sites_of_probe(self, layout: Layout) -> dict[str, SparseSite]:
         """The sites with mode "auto" of a run in which they have this layout."""
