@@ -23,6 +23,8 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 
+from pyro_sparse._precision import no_autocast
+
 #: ``pyro.poutine.indep_messenger.CondIndepStackFrame``: a plate around a site, with the dim that it took. Its module is
 #: not documented; the frames that a trace holds are.
 Frame = Any
@@ -77,7 +79,8 @@ def handlers_around() -> list[str]:
 
 def dice_elbo(model_trace: Any, guide_trace: Any) -> Any:
     """The ELBO of two packed traces, zero without terms, whose derivative is that of its expectation."""
-    return _compute_dice_elbo(model_trace, guide_trace)
+    with no_autocast():
+        return _compute_dice_elbo(model_trace, guide_trace)
 
 
 def dice_expectation(name: str, model_trace: Any, guide_trace: Any) -> Any:
@@ -88,7 +91,8 @@ def dice_expectation(name: str, model_trace: Any, guide_trace: Any) -> Any:
         for site in [*trace.stochastic_nodes, *trace.observation_nodes]
     }
     cost = {ordering[name]: [model_trace.nodes[name]["packed"]["log_prob"]]}
-    return Dice(guide_trace, ordering).compute_expectation(cost)
+    with no_autocast():
+        return Dice(guide_trace, ordering).compute_expectation(cost)
 
 
 def check_local_sampling(model_trace: Any, guide_trace: Any) -> None:
@@ -105,7 +109,8 @@ def sample_posterior_from_trace(
     fn: Any, enum_trace: Any, temperature: int, strict: bool, *args: Any, **kwargs: Any
 ) -> Any:
     """What ``pyro.infer.infer_discrete`` does with the trace of its enumerating run, which it makes itself."""
-    return _sample_posterior_from_trace(fn, enum_trace, temperature, strict, *args, **kwargs)
+    with no_autocast():
+        return _sample_posterior_from_trace(fn, enum_trace, temperature, strict, *args, **kwargs)
 
 
 # The param store. Its public mapping gives constrained values, and makes a new one at each read.

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from pyro_sparse._autograd import is_tracing
+from pyro_sparse._precision import narrowed
 
 __all__ = ["entmax", "entmax15", "sparsemax", "topk_sparsemax"]
 
@@ -54,8 +55,8 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
         dim: The dimension that holds the outcomes.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``.
-        Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``. Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
 
     Raises:
         TypeError: If scores are not a floating-point tensor.
@@ -88,8 +89,8 @@ def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
         dim: The dimension that holds the outcomes.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``.
-        Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``. Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
 
     Raises:
         TypeError: If scores are not a floating-point tensor.
@@ -129,9 +130,9 @@ def entmax(scores: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
         dim: The dimension that holds the outcomes.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``.
-        Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN. Under ``torch.compile`` and
-        ``torch.func``, where the values of ``alpha`` cannot be looked at, ``alpha <= 1`` gives NaN too.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``. Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN. Under ``torch.compile``
+        and ``torch.func``, where the values of ``alpha`` cannot be looked at, ``alpha <= 1`` gives NaN too.
 
     Raises:
         TypeError: If scores are not a floating-point tensor, or alpha is neither a number nor a tensor.
@@ -178,9 +179,10 @@ def topk_sparsemax(
         return_exact: Whether to return the certificate too.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``; NaN where all scores
-        are ``-inf``, or one is NaN or ``+inf``. With ``return_exact=True`` a pair of these and a bool tensor, of the
-        shape of ``scores`` without ``dim``, true where :math:`p` is certain to equal ``sparsemax(scores)``.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``; NaN where all scores are ``-inf``, or one is NaN or ``+inf``. With ``return_exact=True`` a
+        pair of these and a bool tensor, of the shape of ``scores`` without ``dim``, true where :math:`p` is certain to
+        equal ``sparsemax(scores)``.
 
     Raises:
         TypeError: If scores are not a floating-point tensor.
@@ -315,7 +317,7 @@ def _shifted(name: str, scores: Tensor, dim: int) -> Tensor:
 
 
 def _restored(p: Tensor, scores: Tensor, dim: int) -> Tensor:
-    return p.to(scores.dtype).movedim(-1, dim)
+    return narrowed(p, scores.dtype).movedim(-1, dim)
 
 
 def _checked_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> Tensor:

@@ -19,6 +19,7 @@ from pyro.util import check_site_shape
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves
 
+from pyro_sparse._precision import no_autocast, unrounded
 from pyro_sparse.estimators.exact import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
 from pyro_sparse.infer.expansion.rows import Rows, has_rows, joined, place, with_dims
@@ -290,6 +291,15 @@ def _given(guide_trace: Any, rows: Rows) -> Any:
     return given
 
 
+def _unrounded(guide_trace: Any) -> Any:
+    """With values as they would be without ``torch.autocast``."""
+    wide = guide_trace.copy()
+    for name, node in guide_trace.nodes.items():
+        if isinstance(value := node.get("value"), Tensor) and value.is_floating_point():
+            wide.nodes[name] = {**node, "value": unrounded(value)}
+    return wide
+
+
 def _of_rows(node: Any, rows: Rows) -> Tensor:
     """A guide site's value for each row, if it is in their plate or depends on a packed site."""
     value: Tensor = node["value"]
@@ -340,12 +350,14 @@ def _placed(on: OnRows, rows: Rows, args: Any, kwargs: Any) -> str:
 def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
     """
     Raises if on packed rows the model has other log-probabilities than in ordinary runs, with one outcome for each
-    example, where no noise reaches. A model that runs on rows only is not compared.
+    example, where no noise reaches. A model that runs on rows only is not compared. It runs in float32 at least: what
+    ``torch.autocast`` rounds depends on the shape.
     """
     differing: set[str] = set()
     if rows.is_batch():  # it would be compared with itself
         rows = replace(rows, index=torch.cat([rows.index, rows.index[:, -1:]], 1))
-    with undisturbed(), poutine.block(), evaluated(DROPOUT):
+    guide_trace = _unrounded(guide_trace)
+    with undisturbed(), no_autocast(), poutine.block(), evaluated(DROPOUT):
         again = dims_as_now()
 
         def ordinary(each: Rows) -> Any:
