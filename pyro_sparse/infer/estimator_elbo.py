@@ -20,7 +20,7 @@ from pyro_sparse.infer.assignment import Assignment
 from pyro_sparse.infer.elbo_module import EstimatorELBOModule
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.names import check_names
-from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
+from pyro_sparse.infer.pyro_internals import PARTICLES, buffers_kept, no_new_parameters
 from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.on_rows import Compared
@@ -67,6 +67,9 @@ class EstimatorELBO(ELBO, nn.Module):
     Sites that only the model has are summed out where ``infer={"enumerate": "parallel"}`` says so. Masked rows of a
     sparse site with ``Exact`` take one outcome, unless a term that is not masked depends on them. Under Pyro's
     validation the first run on several values at once is compared with runs on each.
+
+    ``torch.compile`` and ``torch.autocast`` as for :class:`~pyro_sparse.infer.SparseEnumELBO`; with ``costs="graph"``
+    compiled networks run eagerly, and ``REBAR`` that learns needs networks that can be differentiated twice.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
@@ -189,12 +192,13 @@ class EstimatorELBO(ELBO, nn.Module):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with the estimated gradient. Running means move if gradients are enabled and in training mode."""
         losses, updates = [], []
-        for group in self._groups(model, guide, args, kwargs):
-            surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
-            if surrogate.requires_grad and not all(run.exact for run in group):
-                surrogate = differentiable_once(surrogate, TWICE)
-            losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
-            updates += own_updates
+        with buffers_kept():  # an estimator may differentiate the model, before the loss is
+            for group in self._groups(model, guide, args, kwargs):
+                surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+                if surrogate.requires_grad and not all(run.exact for run in group):
+                    surrogate = differentiable_once(surrogate, TWICE)
+                losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
+                updates += own_updates
         loss = sum(losses[1:], losses[0])
         warn_if_nan(loss, "loss")
         if torch.is_grad_enabled() and self.training:
@@ -204,13 +208,14 @@ class EstimatorELBO(ELBO, nn.Module):
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss; adds the gradient to ``.grad``, registers the estimators' parameters, moves their running means."""
         loss, updates = 0.0, []
-        for group in self._groups(model, guide, args, kwargs):
-            surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
-            self.assignment.register()
-            loss += torch_item(self._group_loss(group))
-            if surrogate.requires_grad:
-                surrogate.backward(retain_graph=self.retain_graph)
-            updates += own_updates
+        with buffers_kept():  # an estimator may differentiate the model, before the loss is
+            for group in self._groups(model, guide, args, kwargs):
+                surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+                self.assignment.register()
+                loss += torch_item(self._group_loss(group))
+                if surrogate.requires_grad:
+                    surrogate.backward(retain_graph=self.retain_graph)
+                updates += own_updates
         self._update(updates)
         warn_if_nan(loss, "loss")  # type: ignore[call-overload]
         return loss

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -23,6 +22,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 
+from pyro_sparse._autograd import has_compiled
 from pyro_sparse._precision import no_autocast
 
 #: ``pyro.poutine.indep_messenger.CondIndepStackFrame``: a plate around a site, with the dim that it took. Its module is
@@ -144,15 +144,12 @@ def is_that_of_the_bases(p: Any, q: Any) -> bool:
     return _dispatch_kl(type(p), type(q)) is _kl_transformed_transformed
 
 
-def has_compiled() -> bool:
-    """Whether torch.compile has been in use: its modules warn of hooks. Importing it to ask would take seconds."""
-    return "torch._dynamo.eval_frame" in sys.modules
-
-
 def buffers_kept() -> AbstractContextManager[None]:
     """
     Networks compiled meanwhile can be differentiated more than once: else torch gives away what a second backward
     would need, and raises. Of older versions of torch all can.
     """
+    if not has_compiled():
+        return nullcontext()
     config: Any = importlib.import_module("torch._functorch.config")  # which torch imports when it first compiles
     return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
