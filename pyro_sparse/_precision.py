@@ -28,12 +28,17 @@ def widened(x: Tensor) -> Tensor:
 
 def unrounded(x: Tensor) -> Tensor:
     """x, in float32 if it is in half precision under ``torch.autocast``."""
-    return widened(x) if torch.is_autocast_enabled(x.device.type) else x
+    return widened(x) if _is_under_autocast(x) else x
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in this dtype, but as it is where that is half precision under ``torch.autocast``."""
-    return x if dtype in HALF and torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+    return x if dtype in HALF and _is_under_autocast(x) else x.to(dtype)
+
+
+def _is_under_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 @contextmanager

@@ -51,7 +51,9 @@ class SmoothEstimator(Estimator):
 def draw_and_relaxed(hard: Tensor, soft: Tensor, memo: Tensor, site: Site) -> Slots:
     """Two slots: a draw, of weight one, and what lies between the outcomes, of weight zero."""
     batch = site.fn.batch_shape
-    log_weights = hard.new_tensor([0.0, -math.inf]).reshape(2, *(1,) * len(batch)).expand(2, *batch)
+    log_weights = (
+        torch.stack([hard.new_zeros(()), hard.new_full((), -math.inf)]).reshape(2, *(1,) * len(batch)).expand(2, *batch)
+    )
     return Slots(torch.stack([hard, soft]), log_weights, memo=memo)
 
 

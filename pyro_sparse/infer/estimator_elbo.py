@@ -69,7 +69,10 @@ class EstimatorELBO(ELBO, nn.Module):
     validation the first run on several values at once is compared with runs on each.
 
     ``torch.compile`` and ``torch.autocast`` as for :class:`~pyro_sparse.infer.SparseEnumELBO`; with ``costs="graph"``
-    compiled networks run eagerly, and ``REBAR`` that learns needs networks that can be differentiated twice.
+    compiled networks run eagerly, and ``REBAR`` that learns needs networks that can be differentiated twice. On a GPU
+    the host waits at each step for the loss, and for what the estimators say; with ``Exact`` at a sparse site for the
+    size of its supports, in ``"packed"`` for the number of rows too. ``elbo.to(device)`` takes what estimators learn
+    there; from the CPU, where it begins, it is brought at each step.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.

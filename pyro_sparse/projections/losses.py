@@ -125,7 +125,7 @@ def entmax_loss(scores: Tensor, target: Tensor, alpha: float | Tensor, dim: int 
     """
     x = _shifted("entmax_loss", scores, dim)
     a = _checked_alpha(alpha, x, dim)
-    return _loss("entmax_loss", lambda x: entmax(x, a), a, scores, target, dim)
+    return _loss("entmax_loss", lambda x: entmax(x, a if isinstance(alpha, Tensor) else alpha), a, scores, target, dim)
 
 
 def _loss(

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from pyro_sparse._autograd import is_tracing
+from pyro_sparse._numerics import as_like
 from pyro_sparse._precision import narrowed
 
 __all__ = ["entmax", "entmax15", "sparsemax", "topk_sparsemax"]
@@ -286,8 +287,8 @@ def _on_candidates(project: Callable[[Tensor], Tensor], x: Tensor, reach: float 
     width = int(size.max())
     if not 0 < 2 * width <= x.shape[-1]:
         return project(x)
-    valid = torch.arange(width, dtype=torch.int32) < size
-    index = torch.zeros(valid.shape, dtype=torch.long).masked_scatter_(valid, candidates.nonzero()[:, -1])
+    valid = torch.arange(width, dtype=torch.int32, device=x.device) < size
+    index = torch.zeros_like(valid, dtype=torch.long).masked_scatter_(valid, candidates.nonzero()[:, -1])
     short = torch.where(valid, x.gather(-1, index), -math.inf)
     # The slots that are not valid all have index 0 and p = 0, so add, not overwrite.
     return _zeros_or_nan(x).scatter_add(-1, index, project(short))
@@ -324,7 +325,7 @@ def _checked_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> Tensor:
     # Checked, and laid out as x is: outcomes last, with size 1.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float, Tensor)):
         raise TypeError(f"entmax: expected alpha to be a number or a tensor, got {type(alpha).__name__}.")
-    value = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+    value = as_like(alpha, x)
     shape = (1,) * (x.ndim - value.ndim) + value.shape
     wanted = x[..., :1].movedim(-1, dim).shape
     if len(shape) > x.ndim or any(size not in (1, full) for size, full in zip(shape, wanted, strict=True)):

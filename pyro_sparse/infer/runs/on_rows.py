@@ -19,6 +19,7 @@ from pyro.util import check_site_shape
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves
 
+from pyro_sparse._numerics import as_like
 from pyro_sparse._precision import no_autocast, unrounded
 from pyro_sparse.estimators.exact import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
@@ -239,7 +240,7 @@ def _in_slots(owner: str, parts: list[_Scored], guide_trace: Any, nesting: int) 
             )
         scales = [part.node["scale"] for part in parts]
         if not all(_alike(each, scale) for each in scales):
-            scales = [torch.as_tensor(each, dtype=log_prob.dtype) for each in scales]
+            scales = [as_like(each, log_prob) for each in scales]
             scale = rows.scatter(_side_by_side([(x, part.rows) for x, part in zip(scales, parts, strict=True)]))
         log_prob = rows.scatter(_side_by_side([(part.log_prob, part.rows) for part in parts]))
         if any(part.mask is not None for part in parts):
@@ -378,7 +379,7 @@ def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_tra
             for name, node in nodes.items():
                 if node["type"] != "sample" or site_is_subsample(node):
                     continue
-                got = packed[name]["log_prob"] if name in packed else torch.full((), torch.nan)
+                got = packed[name]["log_prob"] if name in packed else node["log_prob"].new_full((), torch.nan)
                 inside = any(frame.name == rows.frame.name for frame in node["cond_indep_stack"])
                 got = each.gather(got) if inside and name in packed else got
                 if close(node["log_prob"], same[name]["log_prob"]) and not close(got, node["log_prob"]):
