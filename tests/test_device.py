@@ -112,6 +112,7 @@ def test_distributions(name: str) -> None:
     assert read == READS.get(name, set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "project",
     [
