@@ -56,7 +56,7 @@ def on_gpu(*shape: int) -> Tensor:
 FAMILIES: dict[str, Callable[[], Any]] = {
     "SparseCategorical": lambda: sdist.SparseCategorical(on_gpu(4, 5)),
     "SparseOneHotCategorical": lambda: sdist.SparseOneHotCategorical(on_gpu(4, 5)),
-    "masked": lambda: sdist.SparseCategorical(on_gpu(4, 5)).mask(False),
+    "masked": lambda: sdist.SparseCategorical(on_gpu(4, 5)).mask(on_gpu(4) > 0),
     "HardConcrete": lambda: sdist.HardConcrete(0.5, on_gpu(4, 5)),
     "masked HardConcrete": lambda: sdist.HardConcrete(0.5, on_gpu(4, 5)).mask(False),
     "HardKumaraswamy": lambda: sdist.HardKumaraswamy(on_gpu(4, 5).exp(), 1.0),
@@ -126,6 +126,12 @@ def test_distributions(name: str) -> None:
 def test_projections(project: Callable[[Tensor], Tensor]) -> None:
     with gpu():
         assert project(on_gpu(4, 5)).device.type == "meta"
+
+
+def test_an_entropy_under_a_mask_of_false() -> None:
+    with gpu():
+        d = sdist.SparseCategorical(on_gpu(4, 5)).mask(False)
+        assert d.entropy().device.type == "meta" and d.entropy().shape == (4,)
 
 
 def test_a_constant_on_the_cpu_is_found() -> None:
