@@ -43,7 +43,7 @@ class Vae(nn.Module):
         self.out = nn.Linear(width, PIXELS)
 
     def model(self, images: Tensor, style: Tensor) -> None:
-        logits = torch.zeros(self.num_codes)
+        logits = torch.zeros(self.num_codes, device=images.device)
         with pyro.plate("data", len(images)):
             z = pyro.sample("z", dist.Categorical(logits=logits))
             embed = self.embed(z)

@@ -7,14 +7,16 @@ that a second derivative is silently wrong; only ``.backward()`` finds the error
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def graph_leaves(nodes: Iterable[Any]) -> Iterator[Tensor]:
@@ -74,6 +76,34 @@ def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is under way."""
     # torch.func has no public way to ask; torch.autograd.Function asks it this way as well.
     return torch._C._are_functorch_transforms_active()
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has been in use: its modules warn of hooks. Importing it to ask would take seconds."""
+    return "torch._dynamo.eval_frame" in sys.modules
+
+
+class WatchingMode(TorchDispatchMode):
+    """
+    A mode that sees the operations of compiled networks, too, which run eagerly under it. Left to itself torch would
+    compile none of them any more, also afterwards.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stances: list[AbstractContextManager[Any] | None] = []
+
+    def __enter__(self) -> Any:
+        stance = torch.compiler.set_stance("force_eager") if has_compiled() else None
+        self._stances.append(stance)
+        if stance is not None:
+            stance.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if (stance := self._stances.pop()) is not None:
+            stance.__exit__(*error)
 
 
 @contextmanager

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def as_like(x: object, other: Tensor) -> Tensor:
+    """x as a tensor of the other's dtype and device; a number is written there, as none that is copied waits for it."""
+    if isinstance(x, int | float):
+        return other.new_full((), x)
+    return torch.as_tensor(x, dtype=other.dtype, device=other.device)
+
+
 def safe_log(x: Tensor, at_zero: float = -math.inf) -> Tensor:
     r"""
     :math:`\log x` for :math:`x \ge 0`, with the value ``at_zero`` and the gradient zero where :math:`x = 0`.

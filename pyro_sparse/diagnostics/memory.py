@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pyro_sparse._autograd import WatchingMode
 
 
 class MemoryUse:
@@ -81,7 +82,7 @@ def peak_memory() -> Iterator[MemoryUse]:
         yield use
 
 
-class _CountStorages(TorchDispatchMode):
+class _CountStorages(WatchingMode):
     """Sees each operation below autograd, those of the backward pass included."""
 
     def __init__(self, use: MemoryUse) -> None:

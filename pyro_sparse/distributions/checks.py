@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
+from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._autograd import is_true, unwrapped
+from pyro_sparse._numerics import as_like
 from pyro_sparse.distributions.constraints import mixed_simplex, nan_where
 
 
@@ -20,14 +22,14 @@ def check_floating(owner: str, name: str, value: Any) -> None:
         raise TypeError(f"{owner}.{name}: expected a floating-point tensor, got {value.dtype}. Use .float().")
 
 
-def aligned(owner: str, like: Tensor | None = None, **parameters: Any) -> tuple[Any, ...]:
+def aligned(owner: str, other: Tensor | None = None, **parameters: Any) -> tuple[Any, ...]:
     """
     Parameters with the dtype and device of the first that is a tensor: a family names its main one first, and draws
     have its dtype, whatever a temperature beside it has. Numbers stay numbers.
 
     Args:
         owner: whose parameters they are.
-        like: whose dtype and device to take instead.
+        other: whose dtype and device to take instead.
         parameters: by name, the main one first.
 
     Raises:
@@ -35,10 +37,17 @@ def aligned(owner: str, like: Tensor | None = None, **parameters: Any) -> tuple[
     """
     for name, value in parameters.items():
         check_floating(owner, name, value)
-    like = next((v for v in parameters.values() if isinstance(v, Tensor)), None) if like is None else like
-    if like is None:
+    other = next((v for v in parameters.values() if isinstance(v, Tensor)), None) if other is None else other
+    if other is None:
         return tuple(parameters.values())
-    return tuple(v.to(like.device, like.dtype) if isinstance(v, Tensor) else v for v in parameters.values())
+    return tuple(v.to(other.device, other.dtype) if isinstance(v, Tensor) else v for v in parameters.values())
+
+
+def broadcast(owner: str, **parameters: Any) -> tuple[Tensor, ...]:
+    """The same, as tensors of one shape."""
+    values = aligned(owner, **parameters)
+    tensor = next((v for v in values if isinstance(v, Tensor)), None)
+    return tuple(broadcast_all(*(v if tensor is None else as_like(v, tensor) for v in values)))
 
 
 def first_tensor(d: Any) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""Distributions with parameters in half precision: they compute in float32, and what they give is cast."""
+"""
+Distributions with parameters in half precision: they compute in float32, and what they give is cast; under
+``torch.autocast`` their draws alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_sparse._precision import HALF, widened
+from pyro_sparse._precision import HALF, narrowed, widened
 
 _DRAWS = ("__call__", "sample", "rsample", "icdf")
 _OTHERS = (
@@ -71,7 +74,7 @@ def pair_in_float32(divergence: Callable[[Any, Any], Tensor]) -> Callable[[Any, 
     def widened_pair(p: Any, q: Any) -> Tensor:
         result = divergence(in_float32(p), in_float32(q))
         dtypes = [d.dtype for d in (p, q) if isinstance(d, HalfPrecision)]
-        return result.to(dtypes[0]) if len(set(dtypes)) == 1 and dtypes[0] in HALF else result
+        return narrowed(result, dtypes[0]) if len(set(dtypes)) == 1 and dtypes[0] in HALF else result
 
     return widened_pair
 
@@ -97,4 +100,4 @@ def _in_float32(method: Callable[..., Any], draws: bool) -> Callable[..., Any]:
 def _cast(result: Any, dtype: torch.dtype) -> Any:
     if isinstance(result, ScoreParts):
         return ScoreParts(*(_cast(part, dtype) for part in result))
-    return result.to(dtype) if isinstance(result, Tensor) and result.is_floating_point() else result
+    return narrowed(result, dtype) if isinstance(result, Tensor) and result.is_floating_point() else result

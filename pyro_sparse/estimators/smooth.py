@@ -51,7 +51,9 @@ class SmoothEstimator(Estimator):
 def draw_and_relaxed(hard: Tensor, soft: Tensor, memo: Tensor, site: Site) -> Slots:
     """Two slots: a draw, of weight one, and what lies between the outcomes, of weight zero."""
     batch = site.fn.batch_shape
-    log_weights = hard.new_tensor([0.0, -math.inf]).reshape(2, *(1,) * len(batch)).expand(2, *batch)
+    log_weights = (
+        torch.stack([hard.new_zeros(()), hard.new_full((), -math.inf)]).reshape(2, *(1,) * len(batch)).expand(2, *batch)
+    )
     return Slots(torch.stack([hard, soft]), log_weights, memo=memo)
 
 
@@ -72,5 +74,13 @@ def norm_loss(view: OneHotView, gradient: Tensor, estimator: Estimator) -> Tenso
     if not learnt:
         return 0.0
     norm = view.sum_elements(gradient.square()).mean()
-    gradients = torch.autograd.grad(norm, learnt, retain_graph=True, allow_unused=True, materialize_grads=True)
+    try:
+        gradients = torch.autograd.grad(norm, learnt, retain_graph=True, allow_unused=True, materialize_grads=True)
+    except RuntimeError as error:
+        if "does not currently support double backward" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{type(estimator).__name__}: expected a model that can be differentiated twice, by which it learns, got a "
+            "compiled network that cannot. Freeze it: .requires_grad_(False); or compile with backend='eager'."
+        ) from error
     return sum((p * g).sum().to(norm) for p, g in zip(learnt, gradients, strict=True))

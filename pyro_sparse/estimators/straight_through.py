@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pyro_sparse._relaxation import Jacobian, check_stand_in, draw_with_stand_in, straight_through
@@ -49,7 +48,8 @@ class StraightThrough(Estimator):
         self._check_temperature()
 
     def _check_temperature(self) -> None:
-        if not bool(torch.as_tensor(self.temperature > 0).all()):
+        positive = self.temperature > 0
+        if not (positive if isinstance(positive, bool) else bool(positive.all())):
             raise ValueError(
                 f"StraightThrough: expected a positive temperature, got {self.temperature}. Use, say, 0.5."
             )

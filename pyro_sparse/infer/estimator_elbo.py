@@ -23,8 +23,8 @@ from pyro_sparse.infer.expansion.estimator_messenger import lists_by
 from pyro_sparse.infer.expansion.stats import StepRecord, SupportStats
 from pyro_sparse.infer.names import check_names
 from pyro_sparse.infer.processes import Means
-from pyro_sparse.infer.pyro_internals import PARTICLES, no_new_parameters
-from pyro_sparse.infer.refusals import refuse_guide_messenger, smooth_sites
+from pyro_sparse.infer.pyro_internals import PARTICLES, buffers_kept, no_new_parameters
+from pyro_sparse.infer.refusals import TWICE, refuse_guide_messenger, smooth_sites
 from pyro_sparse.infer.runs.explanations import Alone, Several, explained, require_row_by_row
 from pyro_sparse.infer.runs.on_rows import Compared
 from pyro_sparse.infer.runs.ordinary import guess_nesting
@@ -40,10 +40,6 @@ from pyro_sparse.infer.terms.scores import Run
 from pyro_sparse.infer.terms.surrogate import Surrogates, Update
 
 COSTS = ("plates", "graph")
-TWICE = (
-    "EstimatorELBO: expected one derivative, got a derivative of it. Where an estimator draws, its loss stands for the "
-    "first alone. Use Exact at every site, or SparseEnumELBO."
-)
 
 
 class EstimatorELBO(ELBO, nn.Module):
@@ -72,6 +68,12 @@ class EstimatorELBO(ELBO, nn.Module):
     sparse site with ``Exact`` take one outcome, unless a term that is not masked depends on them. Under Pyro's
     validation the first run on several values at once is compared with runs on each. :attr:`last_stats` says what the
     last step's supports and model rows were.
+
+    ``torch.compile`` and ``torch.autocast`` as for :class:`~pyro_sparse.infer.SparseEnumELBO`; with ``costs="graph"``
+    compiled networks run eagerly, and ``REBAR`` that learns needs networks that can be differentiated twice. On a GPU
+    the host waits at each step for the loss, and for what the estimators say; with ``Exact`` at a sparse site for the
+    size of its supports, in ``"packed"`` for the number of rows too. ``elbo.to(device)`` takes what estimators learn
+    there; from the CPU, where it begins, it is brought at each step.
 
     **Bias:** that of the estimators: none for all of :mod:`pyro_sparse.estimators` (``VIMCO``: for its own bound) but
     ``StraightThrough``.
@@ -196,9 +198,7 @@ class EstimatorELBO(ELBO, nn.Module):
         return EstimatorELBOModule(model, guide, self)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError(
-            "EstimatorELBO: expected loss, loss_and_grads or differentiable_loss, got _get_trace."
-        )
+        raise NotImplementedError("EstimatorELBO: expected loss, loss_and_grads or the like, got _get_trace.")
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """An estimate of the negative ELBO (or bound), by as many particles as a gradient takes."""
@@ -209,12 +209,13 @@ class EstimatorELBO(ELBO, nn.Module):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with the estimated gradient. Running means move if gradients are enabled and in training mode."""
         losses, updates = [], []
-        for group in self._groups(model, guide, args, kwargs):
-            surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
-            if surrogate.requires_grad and not all(run.exact for run in group):
-                surrogate = differentiable_once(surrogate, TWICE)
-            losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
-            updates += own_updates
+        with buffers_kept():  # an estimator may differentiate the model, before the loss is
+            for group in self._groups(model, guide, args, kwargs):
+                surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+                if surrogate.requires_grad and not all(run.exact for run in group):
+                    surrogate = differentiable_once(surrogate, TWICE)
+                losses.append(self._group_loss(group) + (surrogate - surrogate.detach()))
+                updates += own_updates
         loss = sum(losses[1:], losses[0])
         warn_if_nan(loss, "loss")
         if torch.is_grad_enabled() and self.training:
@@ -224,20 +225,21 @@ class EstimatorELBO(ELBO, nn.Module):
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss; adds the gradient to ``.grad``, registers the estimators' parameters, moves their running means."""
         loss, updates = 0.0, []
-        for group in self._groups(model, guide, args, kwargs):
-            surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
-            self.assignment.register()
-            loss += torch_item(self._group_loss(group))
-            if surrogate.requires_grad:
-                surrogate.backward(retain_graph=self.retain_graph)
-            updates += own_updates
+        with buffers_kept():  # an estimator may differentiate the model, before the loss is
+            for group in self._groups(model, guide, args, kwargs):
+                surrogate, own_updates = self._surrogate(group, model, guide, args, kwargs)
+                self.assignment.register()
+                loss += torch_item(self._group_loss(group))
+                if surrogate.requires_grad:
+                    surrogate.backward(retain_graph=self.retain_graph)
+                updates += own_updates
         self._update(updates)
         warn_if_nan(loss, "loss")  # type: ignore[call-overload]
         return loss
 
     def _update(self, updates: list[Update]) -> None:
-        if updates and any(True for _ in self.buffers()):
-            self._means.moved("EstimatorELBO")
+        if updates:
+            self._means.moved("EstimatorELBO", self.buffers())
         with torch.no_grad():
             for update in updates:
                 update()

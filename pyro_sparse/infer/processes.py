@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,10 +54,10 @@ class Means:
     def __init__(self) -> None:
         self._said = False
 
-    def moved(self, owner: str) -> None:
-        """To be called where running means move."""
+    def moved(self, owner: str, means: Iterator[Tensor]) -> None:
+        """To be called where running means move, if there are any."""
         parallel = None if self._said else data_parallel()
-        if parallel is None:
+        if parallel is None or next(means, None) is None:
             return
         self._said = True
         group = parallel.process_group

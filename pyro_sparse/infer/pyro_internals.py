@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,6 +23,9 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions.kl import _dispatch_kl, _kl_transformed_transformed
 from torch.nn.parallel import DistributedDataParallel
+
+from pyro_sparse._autograd import has_compiled
+from pyro_sparse._precision import no_autocast
 
 #: ``pyro.poutine.indep_messenger.CondIndepStackFrame``: a plate around a site, with the dim that it took. Its module is
 #: not documented; the frames that a trace holds are.
@@ -79,7 +81,8 @@ def handlers_around() -> list[str]:
 
 def dice_elbo(model_trace: Any, guide_trace: Any) -> Any:
     """The ELBO of two packed traces, zero without terms, whose derivative is that of its expectation."""
-    return _compute_dice_elbo(model_trace, guide_trace)
+    with no_autocast():
+        return _compute_dice_elbo(model_trace, guide_trace)
 
 
 def dice_expectation(name: str, model_trace: Any, guide_trace: Any) -> Any:
@@ -90,7 +93,8 @@ def dice_expectation(name: str, model_trace: Any, guide_trace: Any) -> Any:
         for site in [*trace.stochastic_nodes, *trace.observation_nodes]
     }
     cost = {ordering[name]: [model_trace.nodes[name]["packed"]["log_prob"]]}
-    return Dice(guide_trace, ordering).compute_expectation(cost)
+    with no_autocast():
+        return Dice(guide_trace, ordering).compute_expectation(cost)
 
 
 def check_local_sampling(model_trace: Any, guide_trace: Any) -> None:
@@ -107,7 +111,8 @@ def sample_posterior_from_trace(
     fn: Any, enum_trace: Any, temperature: int, strict: bool, *args: Any, **kwargs: Any
 ) -> Any:
     """What ``pyro.infer.infer_discrete`` does with the trace of its enumerating run, which it makes itself."""
-    return _sample_posterior_from_trace(fn, enum_trace, temperature, strict, *args, **kwargs)
+    with no_autocast():
+        return _sample_posterior_from_trace(fn, enum_trace, temperature, strict, *args, **kwargs)
 
 
 # The param store. Its public mapping gives constrained values, and makes a new one at each read.
@@ -158,15 +163,12 @@ def data_parallel() -> DistributedDataParallel | None:
     return around
 
 
-def has_compiled() -> bool:
-    """Whether torch.compile has been in use: its modules warn of hooks. Importing it to ask would take seconds."""
-    return "torch._dynamo.eval_frame" in sys.modules
-
-
 def buffers_kept() -> AbstractContextManager[None]:
     """
     Networks compiled meanwhile can be differentiated more than once: else torch gives away what a second backward
     would need, and raises. Of older versions of torch all can.
     """
+    if not has_compiled():
+        return nullcontext()
     config: Any = importlib.import_module("torch._functorch.config")  # which torch imports when it first compiles
     return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()

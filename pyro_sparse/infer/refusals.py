@@ -11,6 +11,11 @@ from pyro.poutine.messenger import Messenger
 from pyro_sparse.distributions.discrete.straight_through import is_straight_through
 from pyro_sparse.estimators import Estimator
 
+TWICE = (
+    "EstimatorELBO: expected one derivative, got a derivative of it. Where an estimator draws, its loss stands for the "
+    "first alone. Use Exact at every site, or SparseEnumELBO."
+)
+
 
 def refuse_guide_messenger(owner: str, guide: Any) -> None:
     """

@@ -64,6 +64,14 @@ class SparseEnumELBO(TraceEnum_ELBO):
     In ``pyro.markov`` a site has the union of the supports that its parents give it, and may depend on enumerated sites
     within the window, ``history`` steps back, only: the dims of earlier ones are given to others. (Pyro does not look.)
 
+    Networks may be compiled, with ``torch.compile(network, dynamic=True)``, since supports vary in size: a graph for
+    each number of dims that values come in, at most 8 as torch counts. ``torch.autocast`` goes around a step, not
+    around the loop of steps, whose weights it would keep: probabilities and sums are in float32 under it.
+
+    On a GPU the host waits at each step for: how large the supports are (once per sparse site; ``"auto"``: up to four
+    times), how many rows there are (``"packed"``), and whether a prior is zero (once per sparse site); a mask is looked
+    at once, or twice. Beside that Pyro's sum waits three times for each group of terms, and the loss is read.
+
     **Bias:** none, in value and gradient. **Extra model evaluations:** none (``mode="auto"``: 1 + 2 per sparse site
     before the first step). **Needs from the guide:** a distribution with a sparse support, in a plate and not under
     ``to_event``.

@@ -24,6 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_sparse._precision import narrowed
 from pyro_sparse.projections.simplex import _can_branch_on, _checked_alpha, _shifted, entmax, entmax15, sparsemax
 
 __all__ = ["entmax15_loss", "entmax_loss", "sparsemax_loss"]
@@ -45,8 +46,9 @@ def sparsemax_loss(scores: Tensor, target: Tensor, dim: int = -1) -> Tensor:
         dim: The dimension that holds the outcomes.
 
     Returns:
-        The loss of each row, of the shape of ``scores`` without ``dim`` and their dtype; reduce it as you like. It is
-        infinite where the target has an outcome that was ruled out, and NaN where :func:`sparsemax` is.
+        The loss of each row, of the shape of ``scores`` without ``dim`` and their dtype (float32 under
+        ``torch.autocast``); reduce it as you like. It is infinite where the target has an outcome that was ruled out,
+        and NaN where :func:`sparsemax` is.
 
     Raises:
         TypeError: If scores are not a floating-point tensor, or the target is no tensor.
@@ -119,7 +121,7 @@ def entmax_loss(scores: Tensor, target: Tensor, alpha: float | Tensor, dim: int 
     """
     x = _shifted("entmax_loss", scores, dim)
     a = _checked_alpha(alpha, x, dim)
-    return _loss("entmax_loss", lambda x: entmax(x, a), a, scores, target, dim)
+    return _loss("entmax_loss", lambda x: entmax(x, a if isinstance(alpha, Tensor) else alpha), a, scores, target, dim)
 
 
 def _loss(
@@ -147,7 +149,7 @@ def _loss(
     tau = less * finite.gather(-1, top) - p.gather(-1, top) ** less
     power = less * mean.unsqueeze(-1) - tau  # the sum of p_i^alpha
     loss = mean + ((1 - power) / (alpha * less)).squeeze(-1) - at_target
-    return loss.to(scores.dtype)
+    return narrowed(loss, scores.dtype)
 
 
 def _entropy(p: Tensor, alpha: float | Tensor) -> Tensor:

@@ -34,6 +34,8 @@ import torch
 from torch import Tensor
 
 from pyro_sparse._autograd import is_tracing
+from pyro_sparse._numerics import as_like
+from pyro_sparse._precision import narrowed
 
 __all__ = ["entmax", "entmax15", "sparsemax", "topk_sparsemax"]
 
@@ -53,8 +55,8 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
         dim: The dimension that holds the outcomes.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``.
-        Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``. Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
 
     Raises:
         TypeError: If scores are not a floating-point tensor.
@@ -86,8 +88,8 @@ def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
         dim: The dimension that holds the outcomes.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``.
-        Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``. Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN.
 
     Raises:
         TypeError: If scores are not a floating-point tensor.
@@ -126,9 +128,9 @@ def entmax(scores: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
         dim: The dimension that holds the outcomes.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``.
-        Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN. Under ``torch.compile`` and
-        ``torch.func``, where the values of ``alpha`` cannot be looked at, ``alpha <= 1`` gives NaN too.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``. Where all scores are ``-inf``, or one is NaN or ``+inf``, they are NaN. Under ``torch.compile``
+        and ``torch.func``, where the values of ``alpha`` cannot be looked at, ``alpha <= 1`` gives NaN too.
 
     Raises:
         TypeError: If scores are not a floating-point tensor, or alpha is neither a number nor a tensor.
@@ -174,9 +176,10 @@ def topk_sparsemax(
         return_exact: Whether to return the certificate too.
 
     Returns:
-        Probabilities :math:`p`, same shape and dtype as ``scores``, summing to one along ``dim``; NaN where all scores
-        are ``-inf``, or one is NaN or ``+inf``. With ``return_exact=True`` a pair of these and a bool tensor, of the
-        shape of ``scores`` without ``dim``, true where :math:`p` is certain to equal ``sparsemax(scores)``.
+        Probabilities :math:`p`, same shape and dtype as ``scores`` (float32 under ``torch.autocast``), summing to one
+        along ``dim``; NaN where all scores are ``-inf``, or one is NaN or ``+inf``. With ``return_exact=True`` a
+        pair of these and a bool tensor, of the shape of ``scores`` without ``dim``, true where :math:`p` is certain to
+        equal ``sparsemax(scores)``.
 
     Raises:
         TypeError: If scores are not a floating-point tensor.
@@ -279,8 +282,8 @@ def _on_candidates(project: Callable[[Tensor], Tensor], x: Tensor, reach: float 
     width = int(size.max())
     if not 0 < 2 * width <= x.shape[-1]:
         return project(x)
-    valid = torch.arange(width, dtype=torch.int32) < size
-    index = torch.zeros(valid.shape, dtype=torch.long).masked_scatter_(valid, candidates.nonzero()[:, -1])
+    valid = torch.arange(width, dtype=torch.int32, device=x.device) < size
+    index = torch.zeros_like(valid, dtype=torch.long).masked_scatter_(valid, candidates.nonzero()[:, -1])
     short = torch.where(valid, x.gather(-1, index), -math.inf)
     # The slots that are not valid all have index 0 and p = 0, so add, not overwrite.
     return _zeros_or_nan(x).scatter_add(-1, index, project(short))
@@ -310,14 +313,14 @@ def _shifted(name: str, scores: Tensor, dim: int) -> Tensor:
 
 
 def _restored(p: Tensor, scores: Tensor, dim: int) -> Tensor:
-    return p.to(scores.dtype).movedim(-1, dim)
+    return narrowed(p, scores.dtype).movedim(-1, dim)
 
 
 def _checked_alpha(alpha: float | Tensor, x: Tensor, dim: int) -> Tensor:
     # Checked, and laid out as x is: outcomes last, with size 1.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float, Tensor)):
         raise TypeError(f"entmax: expected alpha to be a number or a tensor, got {type(alpha).__name__}.")
-    value = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+    value = as_like(alpha, x)
     shape = (1,) * (x.ndim - value.ndim) + value.shape
     wanted = x[..., :1].movedim(-1, dim).shape
     if len(shape) > x.ndim or any(size not in (1, full) for size, full in zip(shape, wanted, strict=True)):

@@ -62,7 +62,7 @@ def edges_of(probs: Tensor) -> list[Edges]:
         probs: ``(T, G, S, S)``, rows sum to one; for T steps (or one that serves all) and G groups of S nodes each.
 
     Returns:
-        T graphs of G · S nodes. How many edges each has is read from the device, once for all.
+        T graphs of G · S nodes. How many edges each has is read from the device, which is waited for twice.
     """
     steps, groups, states = probs.shape[:3]
     step, group, target, source = (probs.detach().transpose(-1, -2) != 0).nonzero(as_tuple=True)  # NaN stays

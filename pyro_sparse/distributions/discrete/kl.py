@@ -18,7 +18,7 @@ from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
 from pyro_sparse._numerics import safe_log
-from pyro_sparse._precision import HALF, widened
+from pyro_sparse._precision import HALF, narrowed, widened
 from pyro_sparse._relaxation import exact_logits
 from pyro_sparse.distributions.discrete.projected import ProjectedDistribution
 from pyro_sparse.distributions.discrete.sparse_categorical import SparseCategorical
@@ -63,7 +63,7 @@ def kl_categorical(p: Finite, q: Finite) -> Tensor:
             f"{q.probs.shape[-1]}. Compare distributions over the same outcomes."
         )
     kl = _kl(*_probabilities(p), _probabilities(q)[1])
-    return kl.to(torch.promote_types(p.probs.dtype, q.probs.dtype))
+    return narrowed(kl, torch.promote_types(p.probs.dtype, q.probs.dtype))
 
 
 @register_kl(BernoulliST, BernoulliST)

@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from pyro_sparse._autograd import is_tracing, is_true, unwrapped
 from pyro_sparse._numerics import safe_log
-from pyro_sparse._precision import categorical
+from pyro_sparse._precision import categorical, unrounded
 from pyro_sparse._relaxation import one_hot_at_max
 from pyro_sparse.distributions.discrete.sparse_support import SparseDistribution
 from pyro_sparse.projections import sparsemax
@@ -82,7 +82,8 @@ class ProjectedDistribution(SparseDistribution):
                 f"{here}: expected shape (*batch, K) with K >= 1, got {tuple(source.shape)}. "
                 "The last dim holds the outcomes."
             )
-        return source
+        # Probabilities that are given are as rounded as they are, and checked as such.
+        return source if name == "probs" else unrounded(source)
 
     def _project(self) -> Tensor:
         if self.projection is None:

@@ -49,7 +49,7 @@ class SparseHMM(HiddenMarkovModel):
     state :math:`x_0` before them is summed out.
 
     **Base measure:** that of ``observation_dist``, T times; **rsample:** no; **enumerable:** no: its states are summed
-    out.
+    out. What sums over paths waits for the device twice: which edges there are decides what is computed.
 
     =========== ================================== ===================================================
     shape       parameter                          a value

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -127,7 +128,8 @@ class MaskedSparseDistribution(SparseDistribution, MaskedDistribution):
 
     def entropy(self) -> Tensor:
         """The entropy of the base, zero where the mask is False."""
-        return scale_and_mask(self.base_dist.entropy(), mask=self._mask)
+        entropy = self.base_dist.entropy()
+        return torch.zeros_like(entropy) if self._mask is False else scale_and_mask(entropy, mask=self._mask)
 
     @property
     def num_outcomes(self) -> int | None:

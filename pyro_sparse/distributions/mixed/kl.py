@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, TransformedDistribution, kl_divergence
 from torch.distributions.kl import register_kl
 
+from pyro_sparse.distributions.checks import first_tensor
 from pyro_sparse.distributions.mixed.base import MixedBase, UnknownDivergence
 from pyro_sparse.distributions.mixed.wrappers import IndependentMixed, MaskedMixed
 
@@ -63,7 +64,8 @@ register_wrappers(MaskedMixed, IndependentMixed)
 def _kl_masked(p: MaskedDistribution, q: MaskedDistribution) -> Tensor:
     # As Pyro's: the divergence of the bases where neither is masked.
     if p._mask is False or q._mask is False:
-        return torch.zeros(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+        zeros = torch.zeros(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+        return zeros if (like := first_tensor(p)) is None else zeros.to(like)
     mask = p._mask if q._mask is True else q._mask if p._mask is True else p._mask & q._mask
     return scale_and_mask(kl_divergence(p.base_dist, q.base_dist), mask=None if mask is True else mask)
 

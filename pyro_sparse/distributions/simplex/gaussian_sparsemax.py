@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
-from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._autograd import is_tracing
 from pyro_sparse._numerics import log_ndtr, panels
-from pyro_sparse.distributions.checks import aligned, check_finite, check_positive
+from pyro_sparse.distributions.checks import broadcast, check_finite, check_positive
 from pyro_sparse.distributions.simplex.projected_simplex import ProjectedSimplex
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -72,7 +71,7 @@ class GaussianSparsemax(ProjectedSimplex):
     _tensors = ("loc", "scale")
 
     def __init__(self, loc: float | Tensor, scale: float | Tensor, *, validate_args: bool | None = None) -> None:
-        self.loc, self.scale = broadcast_all(*aligned(type(self).__name__, loc=loc, scale=scale))
+        self.loc, self.scale = broadcast(type(self).__name__, loc=loc, scale=scale)
         super().__init__(self.loc.shape, validate_args)
         if self._validate_args:
             check_finite(type(self).__name__, "loc", self.loc)
@@ -172,7 +171,7 @@ def _bracket(mode: Tensor, intercept: Tensor, slope: Tensor) -> Tensor:
     Points on both sides of the mode, beyond which the integrand is negligible, ``(2, *batch)``: at most 1.3 times as
     far from it as they need be (a factor of 10^8, halved six times in the logarithm).
     """
-    side = mode.new_tensor([-1.0, 1.0]).reshape(2, *(1,) * mode.dim())
+    side = torch.linspace(-1, 1, 2, dtype=mode.dtype, device=mode.device).reshape(2, *(1,) * mode.dim())
     level = _log_integrand(mode, intercept, slope) - _DROP
     # Between these by the bounds of the second derivative.
     far = torch.full_like(mode, math.log(2 * _DROP) / 2).expand(2, *mode.shape)

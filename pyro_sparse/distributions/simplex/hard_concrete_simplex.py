@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._autograd import is_true
+from pyro_sparse._numerics import as_like
 from pyro_sparse._relaxation import exponential
 from pyro_sparse.distributions.checks import aligned, check_finite, check_positive, checked
 from pyro_sparse.distributions.simplex.projected_simplex import ProjectedSimplex
@@ -85,7 +86,9 @@ class HardConcreteSimplex(ProjectedSimplex):
         logits, temperature, stretch = aligned(name, logits=logits, temperature=temperature, stretch=stretch)
         event = logits.shape[-1:]
         first = logits[..., 0] if event else logits
-        self.temperature, self.stretch, first = broadcast_all(temperature, stretch, first)
+        self.temperature, self.stretch, first = broadcast_all(
+            *(as_like(x, logits) for x in (temperature, stretch, first))
+        )
         self.logits = logits.expand(first.shape + event)
         super().__init__(self.logits.shape if event else event, validate_args)
         if self._validate_args:

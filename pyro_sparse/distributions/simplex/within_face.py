@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 
-from pyro_sparse._numerics import safe_log
+from pyro_sparse._numerics import as_like, safe_log
 from pyro_sparse._precision import widened
 from pyro_sparse.distributions.checks import aligned, check_compositions, check_expand, checked, num_vertices
 from pyro_sparse.distributions.constraints import mixed_simplex, nan_where, rounded_composition, widened_composition
@@ -44,7 +44,7 @@ class WithinFace(HalfPrecision, TorchDistribution):
             raise TypeError(
                 f"{name}: expected a floating-point tensor of K parameters, got numbers. Say torch.ones(K)."
             )
-        tensors = {key: torch.as_tensor(p, dtype=like.dtype, device=like.device) for key, p in parameters.items()}
+        tensors = {key: as_like(p, like) for key, p in parameters.items()}
         shapes = {key: p.shape for key, p in tensors.items()} | ({} if face is None else {"face": face.shape})
         try:
             shape = torch.broadcast_shapes(*shapes.values())

@@ -19,6 +19,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 from torch.distributions import AffineTransform
 
+from pyro_sparse._numerics import as_like
 from pyro_sparse.distributions.checks import aligned, checked
 from pyro_sparse.distributions.constraints import MixedConstraint, refuse_bijections
 from pyro_sparse.distributions.half_precision import in_float32
@@ -40,11 +41,8 @@ class AffineMixed(Forwarding, TransformedDistribution):
     @classmethod
     def of(cls, base: MixedDistribution, loc: float | Tensor, scale: float | Tensor) -> AffineMixed:
         """The distribution of ``loc + scale * Z``, Z from a base that it broadcasts with."""
-        like = base._zero
-        loc, scale = (
-            torch.as_tensor(x, dtype=like.dtype, device=like.device)
-            for x in aligned("AffineTransform", like, loc=loc, scale=scale)
-        )
+        zero = base._zero
+        loc, scale = (as_like(x, zero) for x in aligned("AffineTransform", zero, loc=loc, scale=scale))
         if base._validate_args:
             ok = (scale != 0) & scale.isfinite()
             checked("AffineTransform", "scale", scale, ok, "a number that is not zero", "Give the factor.")

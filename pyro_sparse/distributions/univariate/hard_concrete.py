@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
-from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
 from pyro_sparse._numerics import log1mexp
-from pyro_sparse.distributions.checks import aligned, check_finite, check_positive
+from pyro_sparse.distributions.checks import broadcast, check_finite, check_positive
 from pyro_sparse.distributions.univariate.stretched import Stretched
 
 
@@ -67,8 +66,7 @@ class HardConcrete(Stretched):
         nodes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        logits, temperature = aligned(type(self).__name__, logits=logits, temperature=temperature)
-        self.temperature, self.logits = broadcast_all(temperature, logits)
+        self.logits, self.temperature = broadcast(type(self).__name__, logits=logits, temperature=temperature)
         super().__init__(self.logits, low, high, nodes, validate_args)
         if self._validate_args:
             name = type(self).__name__

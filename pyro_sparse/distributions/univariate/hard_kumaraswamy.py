@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions.utils import broadcast_all
 
 from pyro_sparse._numerics import log1mexp, log1mexpexp
-from pyro_sparse.distributions.checks import aligned, check_positive
+from pyro_sparse.distributions.checks import broadcast, check_positive
 from pyro_sparse.distributions.univariate.kumaraswamy import log_neg_log1mexp, log_quantile
 from pyro_sparse.distributions.univariate.stretched import Stretched
 
@@ -68,8 +67,8 @@ class HardKumaraswamy(Stretched):
         nodes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        both = aligned(type(self).__name__, concentration1=concentration1, concentration0=concentration0)
-        self.concentration1, self.concentration0 = broadcast_all(*both)
+        both = broadcast(type(self).__name__, concentration1=concentration1, concentration0=concentration0)
+        self.concentration1, self.concentration0 = both
         super().__init__(self.concentration1, low, high, nodes, validate_args)
         if self._validate_args:
             for name in ("concentration1", "concentration0"):

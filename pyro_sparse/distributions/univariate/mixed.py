@@ -21,7 +21,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from pyro_sparse._numerics import entropy_terms
+from pyro_sparse._numerics import as_like, entropy_terms
 from pyro_sparse._precision import HALF, widened
 from pyro_sparse.distributions.checks import checked, first_tensor
 from pyro_sparse.distributions.constraints import has_atoms, interior_point, mixed_unit_interval, nan_where
@@ -107,9 +107,9 @@ class MixedDistribution(MixedBase):
         info = torch.finfo(z.dtype)
         for atom in self._atoms:
             if atom:
-                moved, near = z == atom, z.new_tensor(1 - info.eps / 2)
+                moved, near = z == atom, z.new_full((), 1 - info.eps / 2)
             else:  # from subnormal numbers, too, which may overflow in a density
-                moved, tiny = z.abs() < info.tiny, z.new_tensor(info.tiny)
+                moved, tiny = z.abs() < info.tiny, z.new_full((), info.tiny)
                 near = torch.where((z < 0) | ~self.support.check(tiny), -tiny, tiny)
             moved = moved if inside is None else moved & inside
             z = torch.where(moved, z + (near - z).detach(), z)  # it keeps its gradient
@@ -175,7 +175,7 @@ class MixedDistribution(MixedBase):
 
     def _probability(self, value: Any) -> Tensor:
         """The argument of icdf, as a tensor that has the batch dims."""
-        u = torch.as_tensor(value, dtype=self._zero.dtype, device=self._zero.device)
+        u = as_like(value, self._zero)
         if self._validate_args:
             ok = (u >= 0) & (u <= 1)
             checked(type(self).__name__, "icdf", u, ok, "a probability in [0, 1]", "Use e.g. torch.rand.")

@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_sparse._numerics import panels
+from pyro_sparse._numerics import as_like, panels
 
 #: the (l, h) of a stretched density, each a number or a tensor; None of one that is smooth in z
 Stretch = tuple[Any, Any] | None
@@ -104,12 +104,12 @@ def tighter(a: Stretch, b: Stretch) -> Stretch:
     if a is None or b is None or same(a, b):
         return a if b is None else b
     if any(isinstance(x, Tensor) for x in (*a, *b)):
-        like = next(x for x in (*a, *b) if isinstance(x, Tensor))
-        (la, ha), (lb, hb) = ([torch.as_tensor(x).to(like) for x in pair] for pair in (a, b))
+        other = next(x for x in (*a, *b) if isinstance(x, Tensor))
+        (la, ha), (lb, hb) = ([as_like(x, other) for x in pair] for pair in (a, b))
         return torch.maximum(la, lb), torch.minimum(ha, hb)
     return max(a[0], b[0]), min(a[1], b[1])
 
 
-def bends(stretch: Stretch, like: Tensor) -> list[Tensor]:
+def bends(stretch: Stretch, other: Tensor) -> list[Tensor]:
     """Where the logarithms of a wider stretch bend in the coordinate of a tighter one."""
-    return [] if stretch is None else [torch.as_tensor(x).to(like) for x in (-stretch[0], 2 - stretch[1])]
+    return [] if stretch is None else [as_like(x, other) for x in (-stretch[0], 2 - stretch[1])]

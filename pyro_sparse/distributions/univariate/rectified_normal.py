@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions.utils import broadcast_all
 from torch.special import ndtri
 
 from pyro_sparse._numerics import gauss_legendre, log1mexp, log_ndtr
-from pyro_sparse.distributions.checks import aligned, check_finite, check_positive
+from pyro_sparse.distributions.checks import broadcast, check_finite, check_positive
 from pyro_sparse.distributions.univariate.rectified import RectifiedDistribution
 
 _HALF_LOG_2PI = math.log(2 * math.pi) / 2
@@ -63,7 +62,7 @@ class RectifiedNormal(RectifiedDistribution):
         nodes: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.loc, self.scale = broadcast_all(*aligned(type(self).__name__, loc=loc, scale=scale))
+        self.loc, self.scale = broadcast(type(self).__name__, loc=loc, scale=scale)
         super().__init__(self.loc.shape, self.loc, nodes, validate_args)
         if self._validate_args:
             check_finite(type(self).__name__, "loc", self.loc)

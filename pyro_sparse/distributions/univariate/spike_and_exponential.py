@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions.utils import broadcast_all
 
-from pyro_sparse._numerics import log1mexp, safe_log
+from pyro_sparse._numerics import as_like, log1mexp, safe_log
 from pyro_sparse.distributions.checks import aligned, check_floating, checked
 from pyro_sparse.distributions.half_precision import HalfPrecision
 from pyro_sparse.distributions.univariate.spike_and_slab import SpikeAndSlab
@@ -182,9 +182,8 @@ class SpikeAndExponential(SpikeAndSlab):
         validate_args: bool | None = None,
     ) -> None:
         rate, logits, probs = aligned(type(self).__name__, rate=rate, logits=logits, probs=probs)
-        like = next((x for x in (rate, logits, probs) if isinstance(x, Tensor)), None)
-        if like is not None:
-            rate = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
+        other = next((x for x in (rate, logits, probs) if isinstance(x, Tensor)), None)
+        rate = rate if other is None else as_like(rate, other)
         slab = TruncatedExponential(rate, validate_args=False)
         super().__init__(slab, logits=logits, probs=probs, validate_args=validate_args)
         if self._validate_args:

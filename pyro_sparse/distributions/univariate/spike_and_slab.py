@@ -22,7 +22,7 @@ class SpikeAndSlab(InflatedDistribution):
     With a Normal slab, the classical prior of Bayesian variable selection.
 
     **Base measure:** :math:`\delta_0` + Lebesgue; **rsample:** in part (see :class:`MixedDistribution`);
-    **enumerable:** no.
+    **enumerable:** no. ``rsample`` looks at where the slab's support is, which waits for a GPU.
 
     ========== ======================================= ============
     shape      ``slab`` and ``logits`` or ``probs``    a value

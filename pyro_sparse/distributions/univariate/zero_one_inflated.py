@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 
 from pyro_sparse._autograd import is_true
-from pyro_sparse._numerics import safe_log
+from pyro_sparse._numerics import as_like, safe_log
 from pyro_sparse.distributions.checks import checked, given
 from pyro_sparse.distributions.univariate.inflated import InflatedDistribution
 
@@ -86,7 +86,7 @@ class ZeroOneInflated(InflatedDistribution):
             )
             checked(name, "probs", p, ok, "non-negative rows that sum to one", "Normalise them, or use logits.")
         eps = torch.finfo(p.dtype).eps
-        outside = self.slab.support.check(p.new_tensor(-eps)) | self.slab.support.check(p.new_tensor(1 + eps))
+        outside = self.slab.support.check(as_like(-eps, p)) | self.slab.support.check(as_like(1 + eps, p))
         if not is_true(~outside):
             raise ValueError(
                 f"{name}.slab: expected a distribution on [0, 1], got support {self.slab.support}. "

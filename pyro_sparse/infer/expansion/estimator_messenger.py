@@ -13,7 +13,7 @@ from torch.distributions import Independent
 from pyro_sparse.estimators import Estimator, Plate, Site, Slots
 from pyro_sparse.estimators.base import Enumeration, lists_outcomes, require_outcomes
 from pyro_sparse.infer.expansion import layouts
-from pyro_sparse.infer.expansion.law import law, padded_law
+from pyro_sparse.infer.expansion.law import law, padded_law, with_unrounded_logits
 from pyro_sparse.infer.expansion.masked_rows import MaskedRowsMessenger
 from pyro_sparse.infer.expansion.messengers import PlatesUnknownError, SparseSite
 from pyro_sparse.infer.expansion.views import with_linear_log_prob, with_values
@@ -83,6 +83,7 @@ class EstimatorMessenger(MaskedRowsMessenger):
         if estimator is None:
             return
         self.estimators[msg["name"]] = estimator
+        msg["fn"] = with_unrounded_logits(msg["fn"])
         if estimator.reparameterizes:
             self.reparameterized.append(msg["name"])
             msg["value"] = estimator.reparameterized(self._site(msg, law(msg["fn"])))

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
+from pyro.distributions import (
+    Bernoulli,
+    Categorical,
+    Delta,
+    ExpandedDistribution,
+    MaskedDistribution,
+    OneHotCategorical,
+)
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor
 from torch.distributions import Independent
 
+from pyro_sparse._precision import unrounded
 from pyro_sparse.distributions.mixed.base import MixedBase
 from pyro_sparse.distributions.unwrapped import unwrapped
 
@@ -19,10 +27,31 @@ def law(fn: Any) -> Any:
     if isinstance(fn, MaskedDistribution):
         return law(fn.base_dist)
     if isinstance(fn, Independent | ExpandedDistribution) and (base := law(fn.base_dist)) is not fn.base_dist:
-        return (
-            base.to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, Independent) else base.expand(fn.batch_shape)
-        )
+        return _wrapped(base, fn)
     return fn
+
+
+def _wrapped(base: Any, fn: Any) -> Any:
+    """Another base in the wrapper that ``fn`` is."""
+    if isinstance(fn, MaskedDistribution):
+        return base.mask(fn._mask)
+    return base.to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, Independent) else base.expand(fn.batch_shape)
+
+
+def with_unrounded_logits(fn: Any) -> Any:
+    """
+    ``fn`` with logits in float32, if it is a stock distribution whose parameters ``torch.autocast`` has left in half
+    precision: of such, the probabilities of all outcomes would not add up to one. (Ours see to it themselves.)
+    """
+    if isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        return fn if (base := with_unrounded_logits(fn.base_dist)) is fn.base_dist else _wrapped(base, fn)
+    if type(fn) not in (Bernoulli, Categorical, OneHotCategorical):
+        return fn
+    given = getattr(fn, "_categorical", fn)
+    name = "probs" if given._param is given.__dict__.get("probs") else "logits"
+    parameter = getattr(given, name)
+    wide = unrounded(parameter)
+    return fn if wide is parameter else type(fn)(**{name: wide}, validate_args=fn._validate_args)
 
 
 def masks(fn: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.distributions.unwrapped import unwrapped
-from pyro_sparse.infer.expansion.law import masks
+from pyro_sparse.infer.expansion.law import masks, with_unrounded_logits
 from pyro_sparse.infer.expansion.layouts import Layout, dense, padded
 from pyro_sparse.infer.expansion.views import with_values
 from pyro_sparse.infer.pyro_internals import global_ids
@@ -84,6 +84,8 @@ class SparseEnumMessenger(EnumMessenger):
         return bool(self._markov_depths)
 
     def _pyro_sample(self, msg: Any) -> None:
+        if self.guide_sites is None and not msg["done"] and not msg["is_observed"]:
+            msg["fn"] = with_unrounded_logits(msg["fn"])
         if not msg["done"] and not msg["is_observed"] and self._enumerates(msg):
             values = self._lay_out(msg)
             msg["infer"] = {"enumerate": "parallel", **msg["infer"]}

@@ -137,6 +137,20 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return replace(parts[0], index=index, spare=0)
 
 
+def side_by_side(parts: Sequence[tuple[Tensor, Rows]]) -> Tensor:
+    """The values of all parts along the dim of the rows, also where all rows have the same; without spare ones."""
+    dim = parts[0][1].dim
+    values = []
+    for value, rows in parts:
+        value = with_dims(value, -dim)
+        shape = list(value.shape)
+        shape[dim] = rows.count
+        values.append(value.expand(shape).narrow(dim, 0, rows.count - rows.spare))
+    shape = list(torch.broadcast_shapes(*(value.movedim(dim, -1).shape[:-1] for value in values)))
+    together = torch.cat([value.movedim(dim, -1).expand(*shape, value.shape[dim]) for value in values], -1)
+    return together.movedim(-1, dim) if dim != -1 else together
+
+
 def rows_of(owner: str, guide_trace: Any, names: Collection[str]) -> Rows | None:
     """
     The rows of the sites of these names that are in one plate and no other; None without any. Those in a plate inside

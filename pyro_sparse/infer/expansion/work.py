@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from pyro_sparse._autograd import WatchingMode
 from pyro_sparse.distributions import SparseDistribution
 from pyro_sparse.infer.expansion.layouts import Layout, Size
 
@@ -18,7 +18,7 @@ from pyro_sparse.infer.expansion.layouts import Layout, Size
 ELEMENT_FLOPS = 50
 
 
-class CountWork(TorchDispatchMode):
+class CountWork(WatchingMode):
     """
     Counts the work of the operations under it: matrix products and convolutions by their floating-point operations,
     everything by the elements that it writes. The same on every run, unlike time.

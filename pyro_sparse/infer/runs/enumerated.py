@@ -14,6 +14,7 @@ from pyro_sparse.infer.expansion.rows import Ran, Rows
 from pyro_sparse.infer.pyro_internals import check_local_sampling
 from pyro_sparse.infer.runs.explanations import Alone
 from pyro_sparse.infer.runs.on_rows import OnRows
+from pyro_sparse.infer.runs.traces import widen_log_probs
 
 Pair = tuple[poutine.Trace, poutine.Trace]  # model, guide
 
@@ -38,6 +39,7 @@ def enumerated(
                 check_site_shape(node, on.nesting)
         check_traceenum_requirements(model_trace, guide_trace)
         check_local_sampling(model_trace, guide_trace)
+    widen_log_probs(model_trace, guide_trace)
     guide_trace.pack_tensors()
     model_trace.pack_tensors(guide_trace.plate_to_symbol)
     return (model_trace, guide_trace), ran_on

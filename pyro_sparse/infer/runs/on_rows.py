@@ -19,9 +19,11 @@ from pyro.util import check_site_shape
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from pyro_sparse._numerics import as_like
+from pyro_sparse._precision import no_autocast, unrounded
 from pyro_sparse.estimators.base import Gather
 from pyro_sparse.infer.expansion.masked_rows import mask_of
-from pyro_sparse.infer.expansion.rows import Ran, Rows, has_rows, joined, named_leaves, place, with_dims
+from pyro_sparse.infer.expansion.rows import Ran, Rows, has_rows, joined, named_leaves, place, side_by_side
 from pyro_sparse.infer.expansion.views import with_fixed_value
 from pyro_sparse.infer.pyro_internals import DROPOUT, dims_as_now, handlers_around, is_subsample
 from pyro_sparse.infer.runs.again import made_again
@@ -238,11 +240,11 @@ def _in_slots(owner: str, parts: list[_Scored], guide_trace: Any, nesting: int) 
             )
         scales = [part.node["scale"] for part in parts]
         if not all(_alike(each, scale) for each in scales):
-            scales = [torch.as_tensor(each, dtype=log_prob.dtype) for each in scales]
-            scale = rows.scatter(_side_by_side([(x, part.rows) for x, part in zip(scales, parts, strict=True)]))
-        log_prob = rows.scatter(_side_by_side([(part.log_prob, part.rows) for part in parts]))
+            scales = [as_like(each, log_prob) for each in scales]
+            scale = rows.scatter(side_by_side([(x, part.rows) for x, part in zip(scales, parts, strict=True)]))
+        log_prob = rows.scatter(side_by_side([(part.log_prob, part.rows) for part in parts]))
         if any(part.mask is not None for part in parts):
-            mask = rows.scatter(_side_by_side([(_mask_of(part), part.rows) for part in parts]))
+            mask = rows.scatter(side_by_side([(_mask_of(part), part.rows) for part in parts]))
     node.update(
         fn=_InSlots(log_prob.shape[max(log_prob.dim() - nesting, 0) :], node["fn"]),
         mask=mask,
@@ -267,20 +269,6 @@ def _mask_of(part: _Scored) -> Tensor:
     return torch.ones((), dtype=torch.bool, device=part.log_prob.device) if part.mask is None else part.mask
 
 
-def _side_by_side(parts: list[tuple[Tensor, Rows]]) -> Tensor:
-    """The values of all parts along the dim of the rows, also where all rows have the same; without spare ones."""
-    dim = parts[0][1].dim
-    values = []
-    for value, rows in parts:
-        value = with_dims(value, -dim)
-        shape = list(value.shape)
-        shape[dim] = rows.count
-        values.append(value.expand(shape).narrow(dim, 0, rows.count - rows.spare))
-    shape = list(torch.broadcast_shapes(*(value.movedim(dim, -1).shape[:-1] for value in values)))
-    together = torch.cat([value.movedim(dim, -1).expand(*shape, value.shape[dim]) for value in values], -1)
-    return together.movedim(-1, dim) if dim != -1 else together
-
-
 def _given(guide_trace: Any, rows: Rows) -> Any:
     """What a model takes from the guide, with a row for each."""
     given = guide_trace.copy()
@@ -288,6 +276,15 @@ def _given(guide_trace: Any, rows: Rows) -> Any:
         if node["type"] == "sample" and not site_is_subsample(node) and not node["is_observed"]:
             given.nodes[name] = {**node, "value": _of_rows(node, rows)}
     return given
+
+
+def _unrounded(guide_trace: Any) -> Any:
+    """With values as they would be without ``torch.autocast``."""
+    wide = guide_trace.copy()
+    for name, node in guide_trace.nodes.items():
+        if isinstance(value := node.get("value"), Tensor) and value.is_floating_point():
+            wide.nodes[name] = {**node, "value": unrounded(value)}
+    return wide
 
 
 def _of_rows(node: Any, rows: Rows) -> Tensor:
@@ -340,13 +337,15 @@ def _placed(on: OnRows, rows: Rows, args: Any, kwargs: Any) -> str:
 def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_trace: Any, rows: Rows) -> None:
     """
     Raises if on packed rows the model has other log-probabilities than in ordinary runs, with one outcome for each
-    example, where no noise reaches. A model that runs on rows only is not compared.
+    example, where no noise reaches. A model that runs on rows only is not compared. It runs in float32 at least: what
+    ``torch.autocast`` rounds depends on the shape.
     """
     differing: set[str] = set()
     resized: dict[str, str] = {}  # plates that have other sizes, in words
     if rows.is_batch():  # it would be compared with itself
         rows = replace(rows, index=torch.cat([rows.index, rows.index[:, -1:]], 1))
-    with undisturbed(), poutine.block(), evaluated(DROPOUT):
+    guide_trace = _unrounded(guide_trace)
+    with undisturbed(), no_autocast(), poutine.block(), evaluated(DROPOUT):
         again = dims_as_now()
 
         def ordinary(each: Rows) -> Any:
@@ -367,7 +366,7 @@ def require_rows_alone(on: OnRows, model: Any, args: Any, kwargs: Any, guide_tra
             for name, node in nodes.items():
                 if node["type"] != "sample" or site_is_subsample(node):
                     continue
-                got = packed[name]["log_prob"] if name in packed else torch.full((), torch.nan)
+                got = packed[name]["log_prob"] if name in packed else node["log_prob"].new_full((), torch.nan)
                 sizes = {f.name: f.size for f in packed[name]["cond_indep_stack"]} if name in packed else {}
                 others = {
                     f.name: f"plate '{f.name}' of {sizes[f.name]} elements, not {f.size}"

@@ -18,9 +18,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_sparse._autograd import WatchingMode
 from pyro_sparse.infer.expansion.law import is_point_mass, law
 from pyro_sparse.infer.pyro_internals import is_subsample
 
@@ -38,7 +38,7 @@ _CHECKERS = ("torch.distributions.", "pyro.", "pyro_sparse.")
 _REGULARISERS = ("dropout", "rrelu", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-class Provenance(TorchDispatchMode):
+class Provenance(WatchingMode):
     """
     Watches the operations under it, from :meth:`watching` on.
 

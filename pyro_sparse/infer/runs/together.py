@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_sparse._precision import no_autocast
 from pyro_sparse.infer.pyro_internals import TRAINING_ONLY
 from pyro_sparse.infer.runs.ordinary import nesting_of, run_once, sites_of
 from pyro_sparse.infer.runs.provenance import OWN, LabelDraws, Provenance
@@ -54,8 +55,9 @@ def compare(
 ) -> Comparison:
     """
     Runs guide and model on a few draws one by one and on all together, in a dim to the left of the plates, and compares
-    the log-probabilities. A program may run on all together without an error and be wrong: where it branches on
-    ``z.sum()``, takes a softmax over a dim counted from the left, or has a batch normalisation.
+    the log-probabilities, in float32 at least: what ``torch.autocast`` rounds depends on the shape. A program may run
+    on all together without an error and be wrong: where it branches on ``z.sum()``, takes a softmax over a dim counted
+    from the left, or has a batch normalisation.
 
     Args:
         model, guide, args, kwargs: the program. What it raises on a single draw is raised.
@@ -65,7 +67,7 @@ def compare(
         several: the sites that take all draws at once, beside those that ask for parallel enumeration; the others are
             drawn as the program does it. None for all latent sites.
     """
-    with undisturbed(), poutine.block(), evaluated() if as_evaluated else nullcontext():
+    with undisturbed(), no_autocast(), poutine.block(), evaluated() if as_evaluated else nullcontext():
         singles = _Singles(model, guide, args, kwargs, draws)
         each = [_log_probs(pair) for pair in singles.runs]
         try:

@@ -7,11 +7,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from pyro.distributions.score_parts import ScoreParts
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_sparse._precision import HALF, widened
 from pyro_sparse.infer.expansion.estimator_messenger import EstimatorMessenger
 from pyro_sparse.infer.expansion.rows import Ran, Rows
 from pyro_sparse.infer.expansion.views import with_fixed_value
@@ -78,10 +80,22 @@ def compute_log_probs(
     for name in without:
         guide_trace.nodes[name]["score_parts"] = None  # else Pyro would compute them
     guide_trace.compute_score_parts()
+    widen_log_probs(model_trace, guide_trace)
     if is_validation_enabled():
         for node in [*model_trace.nodes.values(), *guide_trace.nodes.values()]:
             if node["type"] == "sample" and node["name"] not in without:
                 check_site_shape(node, nesting)  # type: ignore[arg-type]
+
+
+def widen_log_probs(*traces: Any) -> None:
+    """Log-probabilities in half precision are summed in float32, also where the sites differ in their dtype."""
+    for trace in traces:
+        for node in trace.nodes.values():
+            if node["type"] == "sample" and getattr(node.get("log_prob"), "dtype", None) in HALF:
+                node.update({key: widened(node[key]) for key in ("log_prob", "unscaled_log_prob")})
+                node["log_prob_sum"] = node["log_prob"].sum()
+                if (parts := node.get("score_parts")) is not None:
+                    node["score_parts"] = ScoreParts(*(widened(x) if isinstance(x, Tensor) else x for x in parts))
 
 
 def _check_nesting(model_trace: Any, guide_trace: Any, nesting: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pyro_sparse.infer.pyro_internals import has_compiled
+from pyro_sparse._autograd import has_compiled
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
+from pyro_sparse._precision import no_autocast
 from pyro_sparse.infer.pyro_internals import Frame, common_scale
 from pyro_sparse.infer.terms.costs import Term
 
@@ -60,7 +61,9 @@ def collapsed_terms(model_trace: Any, guide_trace: Any) -> tuple[list[Term], fro
     scale = common_scale(scales)
     dims = {**guide_trace.symbol_to_dim, **{symbol: frame.dim for symbol, frame in frames.items()}}
     terms = []
-    for ordinal, results in contract_tensor_tree(factors, symbols).items():
+    with no_autocast():
+        contracted = contract_tensor_tree(factors, symbols)
+    for ordinal, results in contracted.items():
         for result in results:
             value: Tensor = packed.unpack(result, dims) * scale
             own_frames = frozenset(frames[symbol] for symbol in ordinal)
