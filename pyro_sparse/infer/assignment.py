@@ -89,6 +89,7 @@ class Assignment(nn.Module):
         # Made once, and in containers because they are no submodules.
         self._plain, self._exact = (ScoreFunction(),), (Exact(),)
         self._pyro: dict[str, ScoreFunction] = {}  # those of infer["baseline"]
+        self._evaluating: list[str] = []  # sites of which a run that was no training has made the estimators
         self._warned: set[tuple[str, str]] = set()
 
     def find(self, msg: Any) -> Estimator | None:
@@ -198,6 +199,13 @@ class Assignment(nn.Module):
         for name, source in self.sources.items():
             if _key(name) not in self.sites:
                 self._serve(name, source)
+                if not self.training:
+                    self._evaluating.append(_key(name))
+        if self.training:  # which Lightning says to each module that it knew before its check of the validation data
+            for key in self._evaluating:
+                if key in self.sites and not self.sites[key].training:
+                    self.sites[key].train()
+            self._evaluating.clear()
 
     def _serve(self, name: str, source: Any) -> None:
         first = self._sharing(source)

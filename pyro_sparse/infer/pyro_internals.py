@@ -132,6 +132,16 @@ def optimizer_state(optimizer: PyroOptim) -> dict[str, Any]:
     return {**optimizer._state_waiting_to_be_consumed, **optimizer.get_state()}
 
 
+def set_optimizer_state(optimizer: PyroOptim, state: dict[str, Any]) -> None:
+    """
+    Replaces its state, also after its first step: ``set_state`` alone would wait for parameters that are there, and
+    keep what an earlier call has given.
+    """
+    optimizer.optim_objs.clear()
+    optimizer.grad_clip.clear()
+    optimizer._state_waiting_to_be_consumed = dict(state)
+
+
 @contextmanager
 def no_new_parameters() -> Iterator[None]:
     """

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.infer.on_two_processes import data, make
+from pyro_sparse.estimators import NeuralBaseline
+from pyro_sparse.infer import BaselineELBO
+from tests.infer.on_two_processes import Guide, Model, data, make
 
 lightning = pytest.importorskip("lightning", reason="pip install pyro_sparse[lightning]")
 
@@ -33,11 +35,8 @@ class Training(lightning.LightningModule):  # type: ignore[misc]
         return torch.optim.Adam(self.parameters(), lr=0.05)
 
 
-def fit(name: str, devices: int, **options: Any) -> list[Tensor]:
-    """The parameters after three steps on all rows, whose order Lightning chooses."""
-    training = Training(make(name))
-    torch.manual_seed(2)
-    trainer = lightning.Trainer(
+def trainer(devices: int) -> Any:
+    return lightning.Trainer(
         max_epochs=3,
         accelerator="cpu",
         devices=devices,
@@ -48,8 +47,37 @@ def fit(name: str, devices: int, **options: Any) -> list[Tensor]:
         enable_checkpointing=False,
         log_every_n_steps=1,
     )
-    trainer.fit(training, DataLoader(TensorDataset(data(8)), batch_size=8 // devices))
+
+
+def fit(name: str, devices: int) -> list[Tensor]:
+    """The parameters after three steps on all rows, whose order Lightning chooses."""
+    training = Training(make(name))
+    torch.manual_seed(2)
+    trainer(devices).fit(training, DataLoader(TensorDataset(data(8)), batch_size=8 // devices))
     return [p.detach() for p in training.parameters()]
+
+
+class Watched(Training):
+    """Looks at its validation data first, and then in which mode everything is."""
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        assert not self.loss.training
+        self.loss(*batch)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        assert all(module.training for module in self.loss.modules())
+        self.looked = True
+
+
+@pytest.mark.filterwarnings("ignore:Found . module.* in eval mode")
+def test_what_the_check_of_the_validation_data_makes_is_trained() -> None:
+    """Lightning puts back the modes of modules that it knew: the copy for the second site comes later."""
+    baseline = NeuralBaseline(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)))
+    loss = BaselineELBO(baseline)(Model(), Guide(sparse=False))
+    training = Watched(loss)
+    rows = DataLoader(TensorDataset(data(8)), batch_size=8)
+    trainer(1).fit(training, rows, rows)
+    assert training.looked
 
 
 def by_hand(name: str) -> list[Tensor]:

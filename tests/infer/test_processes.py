@@ -12,12 +12,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from pyro_sparse.infer import Checkpoint
 from tests.infer.on_two_processes import EXACT, Guide, Model, data, gradient, make, on_two
 
 pytestmark = pytest.mark.slow  # a process takes five seconds to import torch
@@ -155,6 +157,45 @@ def test_a_parameter_that_one_process_leaves_out_is_named(tmp_path: Path) -> Non
         on_two(branching, tmp_path / "refused")
     first, second = on_two(branching_allowed, tmp_path)
     assert torch.equal(first, second)
+
+
+def checkpoints(rank: int, folder: Path) -> Any:
+    """Random numbers of each process's own, and what goes wrong on one process."""
+    order = torch.Generator().manual_seed(10 + rank)
+    own = Checkpoint(folder / "own.pt", order=order)
+    own.save(1)
+    expected = torch.rand(2, generator=order), torch.rand(2)
+    assert own.load() == 1
+    found = torch.rand(2, generator=order), torch.rand(2)
+
+    if rank == 0:
+        (folder / "only0.pt").write_bytes(b"")
+    torch.distributed.barrier()
+    refused = []
+    name = f"only{rank}.pt"  # as where each process has a disk of its own
+    with pytest.raises(ValueError) as error:
+        Checkpoint(folder / name).exists()
+    refused.append(str(error.value))
+    with pytest.raises(ValueError) as error:
+        own.save(rank)
+    refused.append(str(error.value))
+    pyro.param("w", torch.zeros(2) + rank)
+    with pytest.raises(ValueError) as error:
+        own.save(2)
+    refused.append(str(error.value))
+    pyro.clear_param_store()
+    return expected, found, refused, own.load()
+
+
+def test_a_checkpoint_of_two_processes(tmp_path: Path) -> None:
+    both = on_two(checkpoints, tmp_path)
+    for expected, found, refused, step in both:
+        assert all(map(torch.equal, expected, found))
+        assert step == 1, "what was refused has changed the file"
+        assert "expected all processes to see the file, got [True, False]" in refused[0]
+        assert "expected one step on all processes" in refused[1]
+        assert "expected the same parameters on all processes" in refused[2] and "['w']" in refused[2]
+    assert not any(map(torch.equal, both[0][1], both[1][1]))
 
 
 def processes(*arguments: Any) -> list[subprocess.Popen[bytes]]:
