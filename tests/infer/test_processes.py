@@ -20,6 +20,7 @@ from torch.multiprocessing import ProcessRaisedException  # type: ignore[attr-de
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_sparse.infer import Checkpoint
+from tests.infer.digests import BITS, ONE_HOT, SPARSE
 from tests.infer.on_two_processes import EXACT, Guide, Model, data, gradient, make, on_two
 
 pytestmark = pytest.mark.slow  # a process takes five seconds to import torch
@@ -250,3 +251,17 @@ def assert_same(one: Any, other: Any) -> None:
             assert_same(left, right)
     else:
         assert one == other
+
+
+def test_the_same_numbers_in_every_process() -> None:
+    """Bit for bit, though Python orders its sets by another seed in each; sums would take over that order."""
+    outputs = []
+    for seed in ("1", "2", "3"):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.infer.digests"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        run = subprocess.run(
+            command, env=environment, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=True
+        )
+        outputs.append(run.stdout.splitlines())
+    assert len(outputs[0]) == len(ONE_HOT) + len(BITS) + len(SPARSE)
+    assert outputs[0] == outputs[1] == outputs[2]

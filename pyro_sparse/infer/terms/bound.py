@@ -27,7 +27,7 @@ def importance_bound(estimator: Estimator, run: Run, particle_dim: int) -> tuple
     frames = frozenset.intersection(*(term.frames for term in terms))
     data = frozenset(frame for frame in frames if frame.name != PARTICLES)
     for term in terms:
-        inside = [frame.name for frame in term.frames - frames]
+        inside = sorted(frame.name for frame in term.frames - frames)
         if not data and inside and term.name in run.traces.guide.nodes:
             outside = sorted({other.name for other in terms if not other.frames & (term.frames - frames)})
             raise ValueError(

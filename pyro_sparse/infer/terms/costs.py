@@ -73,7 +73,7 @@ class Costs:
     def _check_plates(self, term: Term) -> None:
         for dim in self.slot_dims(term.value):
             slot = self.slots[dim]
-            if missing := [frame.name for frame in slot.frames - term.frames]:
+            if missing := sorted(frame.name for frame in slot.frames - term.frames):
                 raise ValueError(
                     f"EstimatorELBO, site '{slot.site}': expected its values to be used inside its plates only, got "
                     f"'{term.name}' outside of plate {missing}, where combinations of the values of all elements would "
@@ -142,7 +142,7 @@ class Costs:
 
 def sum_to(value: Tensor, frames: Iterable[Frame], target: Collection[Frame]) -> Tensor:
     """Sums over the plates that the target lacks, and drops leading dims of size one."""
-    for frame in frames:
+    for frame in sorted(frames, key=lambda frame: frame.dim or 0):  # a set's order is another in every process
         if frame not in target and value.dim() >= -frame.dim and value.shape[frame.dim] != 1:
             value = value.sum(frame.dim, keepdim=True)
     while value.dim() and len(value) == 1:
@@ -153,6 +153,6 @@ def sum_to(value: Tensor, frames: Iterable[Frame], target: Collection[Frame]) ->
 def subsampling_scale(frames: Iterable[Frame]) -> float:
     """What a site's plates multiply its log-probability by: the product of full over present sizes."""
     scale = 1.0
-    for frame in frames:
+    for frame in sorted(frames, key=lambda frame: frame.name):  # as in sum_to
         scale *= frame.full_size / frame.size
     return scale
