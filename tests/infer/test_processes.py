@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+import pyro_sparse.distributions as sdist
 from pyro_sparse.infer import Checkpoint
 from tests.infer.digests import BITS, ONE_HOT, SPARSE
 from tests.infer.on_two_processes import EXACT, Guide, Model, data, gradient, make, on_two
@@ -54,6 +58,58 @@ def test_gradients_of_the_joined_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(first, expected, rtol=0, atol=1e-10)
             assert torch.equal(first, second)
             assert small < large
+
+
+class Global(PyroModule):
+    """A guide, and a model, with a site outside of the plate, which says how many rows there are in all."""
+
+    def __init__(self, is_model: bool) -> None:
+        super().__init__()
+        self.is_model = is_model
+        self.net = "prior" if is_model else "posterior"  # names are global in Pyro
+        self.add_module(self.net, torch.nn.Linear(3, 4))
+        if not is_model:
+            self.weight = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> None:
+        prior = dist.Normal(x.new_zeros(()), 1.0) if self.is_model else dist.Delta(self.weight)
+        w = pyro.sample("w", prior)
+        with pyro.plate("data", 40, subsample_size=len(x)), poutine.scale(scale=0.5):
+            logits = getattr(self, self.net)(x)
+            family = dist.Categorical(logits=logits) if self.is_model else sdist.SparseCategorical(logits)
+            z = pyro.sample("z", family)
+            if self.is_model:
+                pyro.sample("x", dist.Normal(w * z, 1.0), obs=x[:, 0])
+
+
+def global_site(name: str) -> torch.nn.Module:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    return EXACT[name]()(Global(True), Global(False))  # type: ignore[no-any-return]
+
+
+def global_gradients(rank: int, folder: Path) -> Any:
+    found = {}
+    for name in EXACT:
+        parallel = DistributedDataParallel(global_site(name))
+        x = data(8)
+        with parallel.no_sync():
+            parallel(x[rank::2] / 2).backward()
+        parallel(x[rank::2]).backward()
+        found[name] = gradient(parallel)
+    return found
+
+
+def test_a_site_outside_of_the_plate(tmp_path: Path) -> None:
+    """The plate says how many rows there are, and the average over processes is right; gradients are accumulated."""
+    first, second = on_two(global_gradients, tmp_path)
+    for name in EXACT:
+        loss = global_site(name)
+        loss(data(8) / 2).backward()
+        loss(data(8)).backward()
+        expected = torch.cat([p.grad.flatten() for n, p in loss.named_parameters() if p.grad is not None])
+        torch.testing.assert_close(first[name], expected, rtol=0, atol=1e-10)
+        assert torch.equal(first[name], second[name])
 
 
 DRAWS = 1500
